@@ -1,0 +1,1 @@
+"""The run file: its schema and how it is read."""

@@ -1,0 +1,1 @@
+"""Rows to tokens: sources, cleaning, formats, rendering, the token store."""

@@ -1,0 +1,51 @@
+"""Errors a user can fix. Each says what is wrong, where, and the way out; the command line exits with 2 on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FtrayError(Exception):
+    """Base of everything a user can fix."""
+
+
+class ConfigError(FtrayError):
+    """The run file is wrong. Carries every problem at once.
+
+    `problems` are (key, what-and-what-to-do) pairs, e.g. ("method.rnak", "unknown key; did you mean 'rank'?").
+    """
+
+    def __init__(self, source: str, problems: Sequence[tuple[str, str]]):
+        self.source = source
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        lines = [f"{source}: {count}"]
+        lines += [f"  {key}: {text}" if key else f"  {text}" for key, text in self.problems]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self):  # errors cross process borders by pickle inside Ray
+        return (type(self), (self.source, self.problems))
+
+
+class DataError(FtrayError):
+    """A data file is missing, unreadable, empty, or holds a row that the run does not allow."""
+
+
+class ModelError(FtrayError):
+    """A base model, a tokenizer or a method does not exist or does not fit the others."""
+
+
+class StorageError(FtrayError):
+    """The storage root cannot be written, is full, or is not the same from every node."""
+
+
+class RegistryError(FtrayError):
+    """An adapter version or alias does not exist, is refused by its gate, is in use, or was moved by another writer."""
+
+
+class ClusterError(FtrayError):
+    """The Ray cluster cannot be reached or has less than the run asks for."""
+
+
+class TrainError(FtrayError):
+    """The run stopped on something the user can fix: a NaN, a batch that does not fit in memory, an unfinished run."""

@@ -1,0 +1,1 @@
+"""How much better did the model get: suites, comparison, gate, report."""

@@ -1,0 +1,1 @@
+"""What is optimised: one file per family, one row in OBJECTIVES."""

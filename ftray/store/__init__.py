@@ -1,0 +1,1 @@
+"""Everything kept: runs, checkpoints, the adapter registry. Markers are written last."""

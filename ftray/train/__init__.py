@@ -1,0 +1,1 @@
+"""Placing a run on Ray, stepping it with DeepSpeed, surviving failures."""
