@@ -18,7 +18,9 @@ GATE_PATTERN = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", str_strip_whitespace=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -35,8 +37,12 @@ Format: TypeAlias = Literal["auto", "messages", "prompt_completion", "instructio
 class Source(Section):
     path: str = Field(description="a file, folder, glob, URI, or Hub data set name")
     format: Format = Field("auto", description="how a row is laid out; auto looks at the columns")
-    columns: dict[str, str] = Field(default_factory=dict, description="our name: the file's name, e.g. prompt: question")
-    weight: float = Field(1.0, gt=0, description="how often its rows are seen per epoch; 2 is twice, 0.5 is half of them")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="our name: the file's name, e.g. prompt: question"
+    )
+    weight: float = Field(
+        1.0, gt=0, description="how often its rows are seen per epoch; 2 is twice, 0.5 is half of them"
+    )
     split: str | None = Field(None, description="split of a Hub data set; train unless said")
     subset: str | None = Field(None, description="configuration of a Hub data set")
 
@@ -50,13 +56,17 @@ class Clean(Section):
 
 class Data(Section):
     sources: list[Source] = Field(min_length=1, description="where rows come from; several make a mixture")
-    eval_sources: list[Source] = Field(default_factory=list, description="held-out rows; none: split off by eval_fraction")
+    eval_sources: list[Source] = Field(
+        default_factory=list, description="held-out rows; none: split off by eval_fraction"
+    )
     eval_fraction: float = Field(0.05, ge=0, lt=1, description="share of the rows held out, stable as files grow")
     eval_rows: int = Field(1000, ge=0, description="at most so many held-out rows")
     clean: Clean = Field(default_factory=Clean, description="what is dropped")
     strict: bool = Field(False, description="true: a bad row is an error, not a line in the report")
     max_length: int = Field(1024, ge=8, description="tokens per example")
-    too_long: Literal["auto", "truncate", "drop", "split"] = Field("auto", description="auto: split plain text, truncate the rest")
+    too_long: Literal["auto", "truncate", "drop", "split"] = Field(
+        "auto", description="auto: split plain text, truncate the rest"
+    )
     packing: Literal["auto", "on", "off"] = Field("auto", description="examples share a row without seeing each other")
     template: str | None = Field(None, description="a prompt template with {instruction} and {input}, or any column")
     system: str | None = Field(None, description="a system message put before rows that have none")
@@ -88,7 +98,9 @@ class Lora(Section):
     rank: int = Field(16, ge=1, description="rank of the update")
     alpha: float | None = Field(None, gt=0, description="scale; twice the rank unless said")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
-    targets: Literal["auto"] | list[str] = Field("auto", description="module names; auto: every linear layer but the head")
+    targets: Literal["auto"] | list[str] = Field(
+        "auto", description="module names; auto: every linear layer but the head"
+    )
     rslora: bool = Field(False, description="scale by alpha/sqrt(rank) (arXiv 2312.03732)")
     dora: bool = Field(False, description="learn magnitude apart from direction (arXiv 2402.09353)")
     init: Literal["default", "gaussian", "orthogonal", "pissa"] = Field("default", description="how A and B begin")
@@ -101,7 +113,9 @@ Method = Annotated[Full | Freeze | Lora, Field(discriminator="kind")]
 
 class Sft(Section):
     kind: Literal["sft"] = "sft"
-    train_on: Literal["assistant", "last", "all"] = Field("assistant", description="tokens with loss: every answer, the last, all")
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="tokens with loss: every answer, the last, all"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
 
 
@@ -119,8 +133,12 @@ class Optim(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     batch_size: int = Field(16, ge=1, description="examples per update, over the whole cluster")
-    micro_batch_size: int | Auto = Field("auto", description="examples of max_length tokens that a worker holds at once")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw", description="8-bit and paged need zero: 0")
+    micro_batch_size: int | Auto = Field(
+        "auto", description="examples of max_length tokens that a worker holds at once"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="8-bit and paged need zero: 0"
+    )
     weight_decay: float = Field(0.0, ge=0, description="on matrices, not on norms and biases")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of Adam")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
@@ -135,8 +153,12 @@ class Optim(Section):
 
 class Scale(Section):
     workers: int = Field(1, ge=1, description="processes that train together")
-    gpus_per_worker: float | Auto = Field("auto", ge=0, description="auto: 1 where the cluster has GPUs")
-    cpus_per_worker: float | Auto = Field("auto", gt=0, description="auto: what the nodes have, shared out")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = Field(
+        "auto", description="auto: 1 where the cluster has GPUs"
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="auto: what the nodes have, shared out"
+    )
     zero: Literal[0, 1, 2, 3] | Auto = Field("auto", description="DeepSpeed ZeRO stage")
     offload: Literal["none", "cpu", "nvme"] = Field("none", description="optimiser state, and parameters under zero: 3")
     nvme_path: str | None = Field(None, description="folder on a local NVMe disk, for offload: nvme")
@@ -144,7 +166,9 @@ class Scale(Section):
     retries: int = Field(3, ge=0, description="restarts after a lost worker or node")
     checkpoint_every: int | Auto = Field("auto", description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest complete checkpoints kept")
-    hang_timeout_s: float = Field(1800, gt=0, description="a step that takes longer is a hang: stacks are kept, workers restart")
+    hang_timeout_s: float = Field(
+        1800, gt=0, description="a step that takes longer is a hang: stacks are kept, workers restart"
+    )
     address: str | None = Field(None, description="Ray cluster; none: the one around us, or a local one")
 
     @field_validator("checkpoint_every")
@@ -159,22 +183,33 @@ class Evaluate(Section):
     every: int | Auto = Field("auto", description="steps between evaluations of the loss; 0: only before and after")
     generate_rows: int = Field(200, ge=0, description="held-out rows answered by generation; 0: loss only")
     max_new_tokens: int = Field(128, ge=1, description="per generated answer")
-    labels: list[str] = Field(default_factory=list, description="answers are these labels: adds accuracy, precision, recall, F1")
-    forgetting: bool | str = Field(True, description="loss on general text, before and after; or a text file of your own")
+    labels: list[str] = Field(
+        default_factory=list, description="answers are these labels: adds accuracy, precision, recall, F1"
+    )
+    forgetting: bool | str = Field(
+        True, description="loss on general text, before and after; or a text file of your own"
+    )
     samples: int = Field(5, ge=0, description="answers shown side by side in the report")
-    gate: list[str] = Field(default_factory=lambda: ["loss < base"], description="what a version must pass to be promoted, e.g. exact_match >= 0.5")
+    gate: list[str] = Field(
+        default_factory=lambda: ["loss < base"],
+        description="what a version must pass to be promoted, e.g. exact_match >= 0.5",
+    )
 
     @field_validator("gate")
     @classmethod
     def _gate_reads(cls, value: list[str]) -> list[str]:
         for rule in value:
             if not GATE_PATTERN.fullmatch(rule):
-                raise ValueError(f"cannot read {rule!r}; write '<metric> <|<=|>|>= <number or base>', e.g. 'loss < base'")
+                raise ValueError(
+                    f"cannot read {rule!r}; write '<metric> <|<=|>|>= <number or base>', e.g. 'loss < base'"
+                )
         return value
 
 
 class Track(Section):
-    to: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(default_factory=lambda: ["tensorboard"], description="trackers")
+    to: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        default_factory=lambda: ["tensorboard"], description="trackers"
+    )
     project: str = Field("ftray", description="MLflow experiment or W&B project")
     mlflow_uri: str | None = Field(None, description="MLflow tracking server; none: its own default")
     log_every: int = Field(1, ge=1, description="steps between logged metrics")
@@ -182,7 +217,9 @@ class Track(Section):
 
 class Run(Section):
     name: str = Field(description="what it becomes in the registry: a-z, 0-9 and -")
-    storage: str = Field("./ftray-store", description="root of everything kept: a folder that every node sees, s3://, gs://")
+    storage: str = Field(
+        "./ftray-store", description="root of everything kept: a folder that every node sees, s3://, gs://"
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="of shuffling, initialisation and dropout")
     model: Model = Field(default_factory=Model)
     data: Data
@@ -217,9 +254,8 @@ def _disagreements(run: Run):
     elif optim.micro_batch_size != "auto" and optim.batch_size % (optim.micro_batch_size * scale.workers):
         window = optim.micro_batch_size * scale.workers
         fit = max(window, round(optim.batch_size / window) * window)
-        yield (
-            f"optim.batch_size: {optim.batch_size} is not a multiple of micro_batch_size x workers = {window}; try {fit}"
-        )
+        wrong = f"{optim.batch_size} is not a multiple of micro_batch_size x workers = {window}"
+        yield f"optim.batch_size: {wrong}; try {fit}"
     if optim.optimizer != "adamw" and scale.zero not in (0, "auto"):
         yield f"scale.zero: optimizer {optim.optimizer} is not sharded; use zero: 0, or optimizer: adamw"
     if optim.optimizer != "adamw" and scale.offload != "none":
@@ -230,10 +266,9 @@ def _disagreements(run: Run):
         yield f"scale.zero: offload to NVMe needs ZeRO 3, not {scale.zero}"
     if scale.offload == "nvme" and not scale.nvme_path:
         yield "scale.nvme_path: offload: nvme needs the folder of a local NVMe disk"
-    bits = getattr(method, "bits", None)
-    if bits and scale.zero == 3:
+    if isinstance(method, Lora) and method.bits and scale.zero == 3:
         yield "scale.zero: a quantised base cannot be sharded by ZeRO 3; use zero: 2, or leave bits out"
-    if bits and method.init == "pissa":
+    if isinstance(method, Lora) and method.bits and method.init == "pissa":
         yield "method.init: pissa changes the base, which bits: keeps quantised; use default"
     if isinstance(method, Freeze) and not (
         method.last_layers or method.train or method.embeddings or method.norms or method.head

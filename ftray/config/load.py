@@ -1,0 +1,190 @@
+"""From a run file and `key=value` overrides to a `Run`, or to every problem in it at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ftray.config import document, explain
+from ftray.config.schema import Run
+from ftray.errors import ConfigError
+
+Path_ = tuple[str | int, ...]
+_GLOB = "*?["
+
+
+def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
+    """Reads `path`, sets the overrides ("optim.lr=2e-4", "data.sources.0.weight=2"), and checks the result.
+
+    A data path that is not there as seen from the current directory is taken from the run file's folder.
+    Raises ConfigError with all problems, each with its key and the line it stands on.
+    """
+    source = os.fspath(path)
+    text = document.parse(_read(Path(path)), source=source)
+    if text.data is None:
+        raise ConfigError(source, [("", "the file is empty; `ftray init` writes a starter")])
+    if not isinstance(text.data, dict):
+        raise ConfigError(source, [("", "expected keys such as name: and data: at the top; see `ftray init`")])
+    return run_from(text.data, overrides, source=source, lines=text, folder=Path(path).parent)
+
+
+def run_from(
+    raw: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "run",
+    lines: document.Document | None = None,
+    folder: Path | None = None,
+) -> Run:
+    """The same for plain data, e.g. a request's body. `lines` and `folder` are those of the file it came from."""
+    data = _without_empty_sections(Run, copy.deepcopy(dict(raw)))
+    problems: list[tuple[Path_, str]] = []
+    for override in overrides:
+        problem = _set(data, override)
+        if problem:
+            problems.append(problem)
+    if folder is not None:
+        _find_files(data, folder)
+    run = None
+    try:
+        run = Run.model_validate(data)
+    except ValidationError as error:
+        problems += explain.problems(Run, data, error.errors(include_url=False))
+    if run is None or problems:
+        overridden = {override.partition("=")[0].strip() for override in overrides}
+        placed = [_placed(path, text, overridden, lines) for path, text in problems]
+        raise ConfigError(source, [(key, text) for _, key, text in sorted(placed, key=lambda p: p[0])])
+    return run
+
+
+def dump_run(run: Run) -> str:
+    """The run as YAML with every value written out; `load_run` reads it back to an equal run."""
+    return document.dump(run.model_dump(mode="json"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(str(path), near, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else "`ftray init` writes a starter"
+        raise ConfigError(str(path), [("", f"no such file; {hint}")]) from None
+    except IsADirectoryError:
+        inside = ", ".join(p.name for p in sorted(path.glob("*.y*ml"))[:5])
+        hint = f"name a file in it: {inside}" if inside else "name a run file"
+        raise ConfigError(str(path), [("", f"this is a folder; {hint}")]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), [("", f"not UTF-8 text (byte {error.start}); save it as UTF-8")]) from None
+    except OSError as error:
+        raise ConfigError(str(path), [("", f"cannot be read: {error.strerror}")]) from None
+
+
+def _without_empty_sections(section: type, data: dict[str, Any]) -> dict[str, Any]:
+    """`optim:` with every key under it commented out means the section's defaults."""
+    kept = {}
+    for key, value in data.items():
+        field = section.model_fields.get(key) if isinstance(key, str) else None  # type: ignore[attr-defined]
+        inner = explain.sections_of(field.annotation) if field else []
+        if value is None and inner and not field.is_required():  # type: ignore[union-attr]
+            continue
+        if isinstance(value, dict) and len(inner) == 1:
+            value = _without_empty_sections(inner[0], value)
+        kept[key] = value
+    return kept
+
+
+def _set(data: dict[str, Any], override: str) -> tuple[Path_, str] | None:
+    """Sets one override in place. Returns a problem where there is no such place; unknown keys are found later."""
+    dotted, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in dotted.split("."))
+    if not equals or not all(path):
+        return (), f"cannot read the override {override!r}; write key=value, e.g. optim.lr=2e-4"
+    try:
+        value = document.scalar(text)
+    except yaml.YAMLError:
+        return path, f"cannot read {text!r}; quote the override in the shell, e.g. 'method.targets=[q_proj, v_proj]'"
+    around: Any = data
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(around, list):
+            if not part.isdigit() or int(part) >= len(around):
+                where = ".".join(path[:depth])
+                return path[
+                    : depth + 1
+                ], f"{where} has {len(around)} entries; write {where}.0 to {where}.{len(around) - 1}"
+            key: Any = int(part)
+        elif isinstance(around, dict):
+            key = part
+        else:
+            return path[:depth], f"holds {around!r}, so there is no {part!r} in it"
+        if last:
+            around[key] = value
+        else:
+            around = _open(around, key)
+    return None
+
+
+def _open(around: Any, key: Any) -> Any:
+    """The section or list at `key`, made where it is absent; the short forms of `sources` are written out."""
+    inner = around[key] if isinstance(around, list) else around.get(key)
+    if inner is None:
+        inner = {}
+    elif key in ("sources", "eval_sources"):
+        inner = [{"path": item} if isinstance(item, str) else item for item in _as_list(inner)]
+    around[key] = inner
+    return inner
+
+
+def _find_files(data: dict[str, Any], folder: Path) -> None:
+    section = data.get("data")
+    for key in ("sources", "eval_sources"):
+        if not isinstance(section, dict) or key not in section:
+            continue
+        found = []
+        for item in _as_list(section[key]):
+            if isinstance(item, str):
+                item = _beside(item, folder)
+            elif isinstance(item, dict) and isinstance(item.get("path"), str):
+                item = {**item, "path": _beside(item["path"], folder)}
+            found.append(item)
+        section[key] = found if isinstance(section[key], list) else found[0]
+    section = data.get("evaluate")
+    if isinstance(section, dict) and isinstance(section.get("forgetting"), str):
+        section["forgetting"] = _beside(section["forgetting"], folder)
+
+
+def _beside(path: str, folder: Path) -> str:
+    """`path` as written, unless it is missing from the current directory and present in the run file's folder."""
+    if "://" in path or Path(path).expanduser().is_absolute() or _is_there(Path(path)):
+        return path
+    return str(folder / path) if _is_there(folder / path) else path
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists() or (any(c in str(path) for c in _GLOB) and any(Path().glob(str(path))))
+    except (OSError, ValueError, NotImplementedError):  # names no file can have, and globs from another root
+        return False
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _placed(path: Path_, text: str, overridden: set[str], lines: document.Document | None) -> tuple[int, str, str]:
+    """(line for sorting, dotted key, problem with its line or that it came from an override)."""
+    dotted = ".".join(map(str, path))
+    if dotted in overridden:
+        return sys.maxsize, dotted, f"{text} (on the command line)"
+    # Overrides carry indices as text and the file as numbers; a missing key is at its section's line.
+    line = lines.line(tuple(int(p) if str(p).isdigit() else p for p in path)) if lines else None
+    return line or 0, dotted, f"{text} (line {line})" if line else text
