@@ -1,0 +1,226 @@
+"""The methods: which weights of a base learn. Full, freeze (parts of the base), and the LoRA family through PEFT."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ftray.config.schema import Freeze, Full, Lora, Method
+from ftray.errors import ModelError
+from ftray.models.load import linear_modules, linear_shape, meta_model
+
+
+def adapt(model: Any, method: Method, *, seed: int, fp32: bool = True) -> Any:
+    """Marks what learns; for LoRA wraps the model with PEFT. Checks the method against the model first (ModelError).
+
+    `fp32` keeps learning weights in fp32 (autocast brings them down); under ZeRO, DeepSpeed keeps its own fp32 copy,
+    so False saves memory there. Adapters begin the same on every worker: A and B are drawn from `seed`.
+    """
+    import torch
+
+    _check(model, method)
+    if isinstance(method, Lora):
+        model = _add_lora(model, method, seed)
+    elif isinstance(method, Freeze):
+        wanted = frozen_choice(model, method)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+    else:
+        model.requires_grad_(True)
+    if fp32:
+        for parameter in trainable(model).values():
+            if parameter.dtype != torch.float32 and not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.float()
+    return model
+
+
+def trainable(model: Any) -> dict[str, Any]:
+    """The parameters that learn, by name, in the model's order; the same names inside DeepSpeed or DDP."""
+    return {name: parameter for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad}
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside DeepSpeed's or DDP's wrapper."""
+    import torch
+
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    return model
+
+
+def check_method(model_config: Any, method: Method) -> None:
+    """Checks a method against a base by its configuration alone, no weights read. ModelError names every problem."""
+    _check(meta_model(model_config), method)
+
+
+def servability(method: Method) -> str:
+    """How a version is served: "adapter" (swapped while serving), "merge" (merged first) or "model" (its own model)."""
+    if not isinstance(method, Lora):
+        return "model"
+    return "merge" if method.dora or method.modules_to_save else "adapter"
+
+
+def default_lr(method: Method, parameters: int) -> float:
+    """Peak learning rate where the run says auto; `parameters` is the size of the base.
+
+    Full rates fall with size as in the model reports (1e-3 at 5 M, 2e-5 from 1 B on); LoRA takes about ten times the full
+    rate (LoRA Without Regret, Thinking Machines 2025), at most 2e-3.
+    """
+    full = min(1e-3, max(2e-5, 1e-3 * math.sqrt(5e6 / max(parameters, 1)) ** 1.5))
+    if isinstance(method, Full):
+        return round(full, 7)
+    if isinstance(method, Freeze):
+        return round(min(1e-3, 2 * full), 7)
+    return round(min(2e-3, 10 * full), 7)
+
+
+def lora_targets(model: Any, method: Lora) -> dict[str, Any]:
+    """The layers a LoRA method adapts, by full name. ModelError when a target names none."""
+    if method.targets == "auto":
+        return linear_modules(model)
+    modules = dict(model.named_modules())
+    return {name: module for name, module in modules.items() if name and any(_names(name, t) for t in method.targets)}
+
+
+def frozen_choice(model: Any, method: Freeze) -> set[str]:
+    """Names of the parameters that a freeze method trains."""
+    names = [name for name, _ in model.named_parameters()]
+    wanted: set[str] = set()
+    prefix, count = _blocks(model)
+    first = max(0, count - method.last_layers)
+    wanted.update(n for i in range(first, count) for n in names if n.startswith(f"{prefix}.{i}."))
+    for pattern in method.train:
+        wanted.update(name for name in names if matches(name, pattern))
+    if method.embeddings:
+        wanted.update(_parameters_of(model, [model.get_input_embeddings()]))
+    if method.head:
+        wanted.update(_parameters_of(model, [model.get_output_embeddings()]))
+    if method.norms:
+        wanted.update(_parameters_of(model, (m for m in model.modules() if "norm" in type(m).__name__.lower())))
+    return wanted
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether whole dotted parts of a parameter's name fit a glob: "layers.1" fits model.layers.1.x, not model.layers.10.x."""
+    return fnmatchcase(name, pattern) or fnmatchcase(f".{name}.", f"*.{pattern}.*")
+
+
+def _parameters_of(model: Any, modules: Iterable[Any]) -> set[str]:
+    ids = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+def _blocks(model: Any) -> tuple[str, int]:
+    """Name and number of the decoder's blocks."""
+    import torch
+
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return name, depth
+    raise ModelError(
+        f"method.last_layers: {type(model).__name__} has no list of {depth} blocks; name patterns in train"
+    )
+
+
+def _add_lora(model: Any, method: Lora, seed: int) -> Any:
+    import torch
+    from peft import get_peft_model
+
+    if method.bits:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, lora_config(model, method), autocast_adapter_dtype=True)
+
+
+def lora_config(model: Any, method: Lora) -> Any:
+    """PEFT's configuration for a LoRA method on this model; target names are sorted, so that two runs write the same file."""
+    from peft import LoraConfig
+
+    targets = sorted(lora_targets(model, method) if method.targets == "auto" else method.targets)
+    if method.targets == "auto":
+        targets = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.alpha if method.alpha is not None else 2 * method.rank,  # type: ignore[arg-type]
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        use_rslora=method.rslora,
+        use_dora=method.dora,
+        init_lora_weights=True if method.init == "default" else method.init,  # type: ignore[arg-type]
+        modules_to_save=list(method.modules_to_save) or None,
+        ensure_weight_tying=tied and bool(method.modules_to_save),
+    )
+
+
+def _check(model: Any, method: Method) -> None:
+    problems: list[str] = []
+    if isinstance(method, Freeze):
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in method.train:
+            if not any(matches(name, pattern) for name in names):
+                problems.append(f"method.train: {pattern!r} fits no parameter{_did_you_mean(pattern, names)}")
+    if isinstance(method, Lora):
+        problems += _lora_problems(model, method)
+    if problems:
+        raise ModelError("\n".join(problems))
+
+
+def _lora_problems(model: Any, method: Lora) -> Iterable[str]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    leaves = [name for name, module in modules.items() if not list(module.children())]
+    for target in [] if method.targets == "auto" else method.targets:
+        found = [name for name in modules if _names(name, target)]
+        if not found:
+            yield f"method.targets: no layer is called {target!r}{_did_you_mean(target, leaves)}"
+        elif not any(_adaptable(modules[name]) for name in found):
+            yield f"method.targets: {target!r} is a {type(modules[found[0]]).__name__}; LoRA adapts linear layers and embeddings"
+    for saved in method.modules_to_save:
+        if not any(_names(name, saved) for name in modules):
+            yield f"method.modules_to_save: no module is called {saved!r}{_did_you_mean(saved, leaves)}"
+    small = {
+        name: min(_sides(module))
+        for name, module in lora_targets(model, method).items()
+        if _adaptable(module) and min(_sides(module)) < method.rank
+    }
+    if small:
+        name = min(small, key=lambda key: small[key])
+        yield (
+            f"method.rank: {method.rank} is larger than the smaller side of {name} ({small[name]}); "
+            f"use at most {small[name]}, or leave {name.rsplit('.', 1)[-1]} out of targets"
+        )
+
+
+def _names(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _adaptable(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, torch.nn.Embedding, Conv1D))
+
+
+def _sides(module: Any) -> tuple[int, int]:
+    if hasattr(module, "num_embeddings"):
+        return module.num_embeddings, module.embedding_dim
+    return linear_shape(module)
+
+
+def _did_you_mean(word: str, names: Iterable[str]) -> str:
+    names = list(names)
+    known = sorted({name.rsplit(".", 1)[-1] for name in names})
+    close = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(word, names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = ", ".join(known[:12])
+    return f"; there are {shown}{', ...' if len(known) > 12 else ''}"

@@ -1,0 +1,222 @@
+"""The base model: where it lies, its tokenizer, its shape, its weights. Never pickle, never code unless the run says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config.schema import Full, Method, Model
+from ftray.errors import ModelError
+
+BUILTIN = {"builtin:tiny": Path(__file__).parent / "tiny"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+SMALL_FILE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's configuration says about its size; counts are numbers of weights, exact, tied ones counted once."""
+
+    parameters: int
+    embedding_params: int
+    linear_params: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    tied: bool
+    linears: dict[str, tuple[int, int]]
+    """Linear layers apart from the output layer: name -> (inputs, outputs)."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> Shape:
+        """Builds the model on the meta device: no weights are read or allocated."""
+        model = meta_model(config)
+        text = config.get_text_config()
+        head = model.get_output_embeddings()
+        linears = {name: linear_shape(module) for name, module in linear_modules(model).items()}
+        return cls(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            embedding_params=model.get_input_embeddings().weight.numel(),
+            linear_params=sum(inputs * outputs for inputs, outputs in linears.values()),
+            hidden_size=text.hidden_size,
+            intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            vocab_size=text.vocab_size,
+            max_positions=getattr(text, "max_position_embeddings", None) or 0,
+            tied=head is not None and head.weight is model.get_input_embeddings().weight,
+            linears=linears,
+        )
+
+
+def resolve_base(model: Model) -> str:
+    """The folder of a built-in or local base, or the Hub id as written. ModelError when a built-in or folder is not there."""
+    if model.base.startswith("builtin:"):
+        if model.base not in BUILTIN:
+            raise ModelError(f"model.base: {model.base!r} is not built in; there is {', '.join(BUILTIN)}")
+        return str(BUILTIN[model.base])
+    path = Path(model.base).expanduser()
+    if path.is_dir():
+        return str(path)
+    if model.base.startswith((".", "/", "~")) or model.base.count("/") > 1:
+        raise ModelError(
+            f"model.base: no folder {model.base!r}; name a folder with config.json, a Hub id, or builtin:tiny"
+        )
+    return model.base
+
+
+def load_config(model: Model) -> Any:
+    """The transformers configuration. ModelError when the base does not exist or cannot be reached."""
+    from transformers import AutoConfig
+
+    return _read(model, AutoConfig.from_pretrained)
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The base's tokenizer, with a padding token. ModelError when it has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _read(model, AutoTokenizer.from_pretrained)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "auto", zero3: bool = False) -> Any:
+    """The base with its weights in `dtype`, quantised where the method has `bits`.
+
+    `attention` is transformers' name, `ftray_varlen`, or "auto" for transformers' own choice. `zero3`: DeepSpeed's
+    HfDeepSpeedConfig is alive, and weights are sharded while they load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from ftray.models import attention as ours
+
+    ours.register()
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    bits = None if isinstance(method, Full) else getattr(method, "bits", None)
+    if bits:
+        if zero3:
+            raise ModelError("scale.zero: a quantised base cannot be sharded by ZeRO 3; use zero: 2, or leave bits out")
+        options["quantization_config"] = quantisation(bits, dtype)
+    return _read(model, AutoModelForCausalLM.from_pretrained, **options)
+
+
+def quantisation(bits: int, dtype: Any) -> Any:
+    """bitsandbytes settings: 4 is NF4 with double quantisation (QLoRA, arXiv 2305.14314), 8 is int8 (arXiv 2208.07339)."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def meta_model(config: Any) -> Any:
+    """The architecture without weights, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+def linear_modules(model: Any) -> dict[str, Any]:
+    """Linear layers by name, quantised ones too, without the output layer."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    }
+
+
+def linear_shape(module: Any) -> tuple[int, int]:
+    """(inputs, outputs). Read from the module where it says so: quantised and sharded weights have other shapes."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    inputs, outputs = module.nx, module.nf
+    return inputs, outputs
+
+
+def fingerprint(model: Model) -> str:
+    """Tells bases apart: the Hub commit, or for a folder a sha256 over configuration, tokenizer and weights.
+
+    Weight files below 64 MB are read whole; of larger ones the safetensors header and the size count.
+    """
+    base = resolve_base(model)
+    folder = Path(base)
+    if not folder.is_dir():
+        commit = getattr(load_config(model), "_commit_hash", None)
+        return f"hub:{base}@{commit or model.revision or 'main'}"
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name in ("config.json", *TOKENIZER_FILES) or path.suffix == ".safetensors":
+            total.update(f"{path.name}:{_file_digest(path)}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _file_digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size < SMALL_FILE_BYTES:
+            digest.update(file.read())
+        else:
+            header = file.read(8)
+            digest.update(header + file.read(struct.unpack("<Q", header)[0]))
+    return digest.hexdigest()
+
+
+def _read(model: Model, from_pretrained: Any, **options: Any) -> Any:
+    base = resolve_base(model)
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise ModelError(f"model.base: {base} has no config.json, so it is no model; name the folder that holds one")
+    try:
+        return from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise _explain(model, base, error) from error
+
+
+def _explain(model: Model, base: str, error: Exception) -> ModelError:
+    text = str(error)
+    where = f"model.base: {model.base!r}"
+    if "trust_remote_code" in text:
+        return ModelError(f"{where} brings its own Python code; read it, then set model.trust_remote_code: true")
+    if "safetensors" in text or "model.safetensors" in text:
+        return ModelError(
+            f"{where} has no safetensors weights, and pickled ones are not read; convert it with save_pretrained"
+        )
+    if "connect" in text.lower() or "offline" in text.lower() or "couldn't reach" in text.lower():
+        return ModelError(
+            f"{where} is not in the local cache and the Hub cannot be reached; name a folder, or builtin:tiny"
+        )
+    if Path(base).is_dir():
+        return ModelError(f"{where} cannot be loaded: {text}")
+    return ModelError(
+        f"{where} is no folder here and no model on the Hub that we may read; check the spelling, and for a gated model "
+        f"HF_TOKEN ({text.splitlines()[0] if text else type(error).__name__})"
+    )
