@@ -123,6 +123,12 @@ def dump(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
+def inline(value: Any) -> str:
+    """One value on one line, e.g. ["loss < base"] -> "[loss < base]"."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("...\n").strip()
+
+
 def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, int], twice: list[tuple[str, str]]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:

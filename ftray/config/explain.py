@@ -74,7 +74,7 @@ def problems(root: type[BaseModel], raw: Any, errors: Sequence[Mapping[str, Any]
     return found
 
 
-def fields_at(root: type[BaseModel], raw: Any, path: Path_) -> FieldInfo | None:
+def field_at(root: type[BaseModel], raw: Any, path: Path_) -> FieldInfo | None:
     """The schema's field at a key of the file; for a union the member that `kind` in the file names."""
     section: type[BaseModel] | None = root
     found: FieldInfo | None = None
@@ -135,15 +135,15 @@ def _explain(root: type[BaseModel], raw: Any, path: Path_, errors: list[Mapping[
     elif kind == "union_tag_not_found":
         yield (*path, "kind"), f"missing; {_any_of([_kind(s) for s in sections_of(_annotation(root, raw, path))])}"
     elif kind == "missing":
-        field = fields_at(root, raw, path)
+        field = field_at(root, raw, path)
         yield path, f"missing; {field.description if field and field.description else 'write it'}"
     elif kind == "value_error":
         for line in str(first["ctx"]["error"]).splitlines():
-            key, _, text = line.partition(": ")
-            yield (tuple(key.split(".")), text) if not path else (path, line)
+            key, _, rest = line.partition(": ")
+            yield (tuple(key.split(".")), rest) if not path else (path, line)
     else:
         limit = next((text for error in errors if (text := _limit(error))), None)
-        yield path, limit or _wrong_type(_annotation(root, raw, path), value, fields_at(root, raw, path))
+        yield path, limit or _wrong_type(_annotation(root, raw, path), value, field_at(root, raw, path))
 
 
 def _limit(error: Mapping[str, Any]) -> str | None:
@@ -165,7 +165,7 @@ def _limit(error: Mapping[str, Any]) -> str | None:
 def _wrong_type(annotation: Any, value: Any, field: FieldInfo | None) -> str:
     text = f"expected {expected(annotation)}, got {_shown(value)}"
     if isinstance(value, str):
-        hint: str | None = did_you_mean(value, _literals(annotation))
+        hint = did_you_mean(value, _literals(annotation))
         members = [_kind(section) for section in sections_of(annotation)]
         if value in members:
             hint = f"write {{kind: {value}}}"
@@ -241,14 +241,14 @@ def _section_around(root: type[BaseModel], raw: Any, path: Path_) -> type[BaseMo
     around = path[:-1]
     if not around:
         return root
-    field = fields_at(root, raw, around)
+    field = field_at(root, raw, around)
     members = sections_of(field.annotation) if field else []
     kind = _step(_value_at(raw, around), "kind")
     return next((m for m in members if _kind(m) == kind), members[0] if members else None)
 
 
 def _annotation(root: type[BaseModel], raw: Any, path: Path_) -> Any:
-    field = fields_at(root, raw, path)
+    field = field_at(root, raw, path)
     annotation = field.annotation if field else root
     for part in path[::-1]:
         if not isinstance(part, int):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Auto: TypeAlias = Literal["auto"]
 
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
-GATE_PATTERN = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\s*")
+GATE_PATTERN = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\s*")
 
 
 class Section(BaseModel):
@@ -207,9 +207,7 @@ class Evaluate(Section):
 
 
 class Track(Section):
-    to: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
-        default_factory=lambda: ["tensorboard"], description="trackers"
-    )
+    to: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(["tensorboard"], description="trackers")
     project: str = Field("ftray", description="MLflow experiment or W&B project")
     mlflow_uri: str | None = Field(None, description="MLflow tracking server; none: its own default")
     log_every: int = Field(1, ge=1, description="steps between logged metrics")
