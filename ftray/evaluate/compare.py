@@ -1,0 +1,243 @@
+"""Base against tuned: scores, the table of changes, and the gate a version must pass to be promoted."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ftray.config.schema import GATE_PATTERN
+from ftray.errors import ConfigError
+from ftray.evaluate.suites import LossSum, answer_scores, perplexity
+
+
+@dataclass(frozen=True)
+class Metric:
+    label: str
+    best: Literal["low", "high"]
+    form: Literal["number", "share"]
+    meaning: str
+
+
+METRICS = {
+    "loss": Metric("Loss", "low", "number", "nats per trained token of the held-out rows"),
+    "perplexity": Metric("Perplexity", "low", "number", "exp(loss)"),
+    "token_accuracy": Metric("Token accuracy", "high", "share", "trained tokens that are the model's first choice"),
+    "exact_match": Metric("Exact match", "high", "share", "answers equal to the expected one, up to white space"),
+    "json_match": Metric("JSON match", "high", "share", "answers with the same JSON value as the expected one"),
+    "accuracy": Metric("Accuracy", "high", "share", "answers that are the right label"),
+    "precision": Metric("Precision", "high", "share", "macro average over the labels"),
+    "recall": Metric("Recall", "high", "share", "macro average over the labels"),
+    "f1": Metric("F1", "high", "share", "macro average over the labels"),
+    "general_loss": Metric("General loss", "low", "number", "nats per token of general text"),
+    "forgetting": Metric("Forgetting", "low", "number", "general loss, tuned minus base"),
+}
+
+COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's scores; None is what was not measured. Losses in nats per token, shares from 0 to 1."""
+
+    loss: float | None = None
+    token_accuracy: float | None = None
+    exact_match: float | None = None
+    json_match: float | None = None
+    accuracy: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    general_loss: float | None = None
+    tasks: dict[str, Scores] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.loss is None else perplexity(self.loss)
+
+    def values(self) -> dict[str, float]:
+        """What was measured, by name, in the order of METRICS."""
+        pairs = ((name, getattr(self, name, None)) for name in METRICS)
+        return {name: value for name, value in pairs if value is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; a loss that is not finite becomes null. `from_json` reads it back."""
+        values: dict[str, Any] = {name: _finite(value) for name, value in self.values().items()}
+        return values | ({"tasks": {name: task.to_json() for name, task in self.tasks.items()}} if self.tasks else {})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Scores:
+        tasks = {name: cls.from_json(task) for name, task in values.get("tasks", {}).items()}
+        return cls(tasks=tasks, **{name: value for name, value in values.items() if name not in {"tasks", "perplexity"}})
+
+
+def score(
+    losses: Mapping[str, LossSum],
+    *,
+    predictions: Sequence[str] = (),
+    answers: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    general: LossSum | None = None,
+) -> Scores:
+    """Scores from sums over the whole cluster: `losses` by task, and answers in step with their `tasks`.
+
+    Per-task scores are given where there is more than one task.
+    """
+    by_task: dict[str, Scores] = {}
+    names = dict.fromkeys([*losses, *tasks])
+    if len(names) > 1:
+        for name in names:
+            mine = [index for index, task in enumerate(tasks) if task == name]
+            by_task[name] = score(
+                {name: losses.get(name, LossSum())},
+                predictions=[predictions[index] for index in mine],
+                answers=[answers[index] for index in mine],
+                labels=labels,
+            )
+    total = sum(losses.values(), LossSum())
+    return Scores(
+        loss=total.loss,
+        token_accuracy=total.token_accuracy,
+        general_loss=general.loss if general else None,
+        tasks=by_task,
+        **answer_scores(predictions, answers, labels),
+    )
+
+
+@dataclass(frozen=True)
+class Change:
+    """One line of the table. `better` is None where nothing changed or one side was not measured."""
+
+    metric: str
+    base: float | None
+    tuned: float | None
+
+    @property
+    def change(self) -> float | None:
+        return None if self.base is None or self.tuned is None else self.tuned - self.base
+
+    @property
+    def better(self) -> bool | None:
+        if not self.change or math.isnan(self.change):
+            return None
+        return (self.change < 0) == (METRICS[self.metric].best == "low")
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """`value` is what was measured, `bound` what it was held against; None is not measured, which does not pass."""
+
+    rule: str
+    value: float | None
+    bound: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    before: Scores
+    after: Scores
+    rows: list[Change]
+    tasks: dict[str, list[Change]]
+    gate: list[GateResult]
+
+    @property
+    def passed(self) -> bool:
+        return all(result.passed for result in self.gate)
+
+    @property
+    def forgetting(self) -> float | None:
+        """Rise of the loss on general text, nats per token."""
+        return _forgetting(self.before, self.after)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; `["gate"]` is what a version's card keeps: `{"passed": bool, "rules": [...]}`."""
+        return {
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "forgetting": _finite(self.forgetting),
+            "gate": {
+                "passed": self.passed,
+                "rules": [
+                    vars(result) | {"value": _finite(result.value), "bound": _finite(result.bound)}
+                    for result in self.gate
+                ],
+            },
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Comparison:
+        rules = [result["rule"] for result in values["gate"]["rules"]]
+        return compare(Scores.from_json(values["before"]), Scores.from_json(values["after"]), rules)
+
+
+def compare(before: Scores, after: Scores, gate: Sequence[str] = ()) -> Comparison:
+    """Every metric that either side measured, per task too, and what the gate's rules say of `after`."""
+    rows = _changes(before, after)
+    tasks = {
+        name: _changes(before.tasks.get(name, Scores()), after.tasks.get(name, Scores()))
+        for name in dict.fromkeys([*before.tasks, *after.tasks])
+    }
+    return Comparison(before, after, rows, tasks, [_judge(rule, before, after) for rule in gate])
+
+
+def check_gate(gate: Sequence[str]) -> None:
+    """Raises ConfigError for rules about a metric that does not exist: better before a run than after it."""
+    problems = []
+    for index, rule in enumerate(gate):
+        metric = _read(rule)[0]
+        if metric not in METRICS:
+            near = difflib.get_close_matches(metric, METRICS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METRICS)}"
+            problems.append((f"evaluate.gate.{index}", f"no metric {metric!r}; {hint}"))
+    if problems:
+        raise ConfigError("gate", problems)
+
+
+def written(metric: str, value: float | None, *, signed: bool = False) -> str:
+    """A value as people read it: shares as percent, changes of shares as percentage points, the rest with 3 digits."""
+    if value is None:
+        return "–"
+    sign = "+" if signed else ""
+    if METRICS[metric].form == "share":
+        return f"{100 * value:{sign}.1f} {'pp' if signed else '%'}".replace("-", "−")
+    if abs(value) >= 1e5 and math.isfinite(value):
+        return f"{value:{sign}.2e}".replace("-", "−")
+    digits = 3 if abs(value) < 100 else 1
+    return f"{value:{sign},.{digits}f}".replace("-", "−")
+
+
+def _changes(before: Scores, after: Scores) -> list[Change]:
+    old, new = before.values(), after.values()
+    return [Change(name, old.get(name), new.get(name)) for name in METRICS if name in old or name in new]
+
+
+def _judge(rule: str, before: Scores, after: Scores) -> GateResult:
+    metric, sign, against = _read(rule)
+    if metric == "forgetting":
+        value, base = _forgetting(before, after), 0.0
+    else:
+        value, base = after.values().get(metric), before.values().get(metric)
+    bound = base if against == "base" else float(against)
+    passed = value is not None and bound is not None and bool(COMPARE[sign](value, bound))
+    return GateResult(" ".join((metric, sign, against)), value, bound, passed)
+
+
+def _read(rule: str) -> tuple[str, str, str]:
+    match = GATE_PATTERN.fullmatch(rule)
+    assert match, f"the run file's schema lets no rule pass that does not read: {rule!r}"
+    return match[1], match[2], match[3]
+
+
+def _forgetting(before: Scores, after: Scores) -> float | None:
+    if before.general_loss is None or after.general_loss is None:
+        return None
+    return after.general_loss - before.general_loss
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
