@@ -83,8 +83,8 @@ class Document:
 
 def parse(text: str, *, source: str) -> Document:
     """Reads one YAML document. ConfigError with the line when it is not YAML or says a key twice."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return Document(None)
@@ -100,23 +100,20 @@ def parse(text: str, *, source: str) -> Document:
         raise ConfigError(where, [("", _what_is_wrong(error, text, mark))]) from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        problem = f"the character U+{ord(str(error.character)[:1]):04X} is not allowed in YAML; delete it"
+        problem = f"the character U+{ord(text[error.position]):04X} is not allowed in YAML; delete it"
         raise ConfigError(f"{source}:{line}", [("", problem)]) from None
-    finally:
-        loader.dispose()
 
 
 def scalar(text: str) -> Any:
-    """The value of a dotted override, e.g. "2e-4" -> 0.0002, "[a, b]" -> ["a", "b"], "it's: odd" -> the text itself."""
-    loader = _Loader(text)
+    """The value of a dotted override: "2e-4" -> 0.0002, "[a, b]" -> ["a", "b"], "Be brief: really" -> that text."""
+    flow = text[:1] in "[{'\"" and text
     try:
-        return loader.get_single_data()
+        value = _Loader(text).get_single_data()
     except yaml.YAMLError:
-        if text[:1] in "[{'\"":
+        if flow:
             raise
         return text
-    finally:
-        loader.dispose()
+    return value if flow or not isinstance(value, dict | list) else text
 
 
 def dump(data: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import glob
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ from ftray.config.schema import Run
 from ftray.errors import ConfigError
 
 Path_ = tuple[str | int, ...]
-_GLOB = "*?["
 
 
 def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
@@ -117,10 +117,7 @@ def _set(data: dict[str, Any], override: str) -> tuple[Path_, str] | None:
         last = depth == len(path) - 1
         if isinstance(around, list):
             if not part.isdigit() or int(part) >= len(around):
-                where = ".".join(path[:depth])
-                return path[
-                    : depth + 1
-                ], f"{where} has {len(around)} entries; write {where}.0 to {where}.{len(around) - 1}"
+                return path[: depth + 1], f"{'.'.join(path[:depth])} has the entries {list(range(len(around)))}"
             key: Any = int(part)
         elif isinstance(around, dict):
             key = part
@@ -171,8 +168,8 @@ def _beside(path: str, folder: Path) -> str:
 
 def _is_there(path: Path) -> bool:
     try:
-        return path.exists() or (any(c in str(path) for c in _GLOB) and any(Path().glob(str(path))))
-    except (OSError, ValueError, NotImplementedError):  # names no file can have, and globs from another root
+        return path.exists() or next(glob.iglob(str(path), recursive=True), None) is not None
+    except (OSError, ValueError):  # a name that no file can have, e.g. too long or with a NUL
         return False
 
 

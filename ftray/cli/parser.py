@@ -1,0 +1,264 @@
+"""What can be typed: every command with its options, help and examples."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ftray import __version__
+from ftray.cli import adapters, runs, training
+
+METHODS = ("lora", "qlora", "freeze", "full", "pretrain")
+STORAGE = "FTRAY_STORAGE"
+_OVERRIDES = """\
+Any key of the run file can be set for one run with a dotted override:
+  optim.lr=2e-4   data.sources.0.weight=2   'method={kind: full}'   scale.workers=4"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a did-you-mean, and the command's own help named in its errors."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            known = re.findall(r"[\w-]+", choice[2])
+            message = (
+                f"there is no {choice[1]!r}; {_did_you_mean(choice[1], known) or 'choose from ' + ', '.join(known)}"
+            )
+        required = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if required:
+            message = f"missing {required[1]}"
+        self.exit(2, f"ftray: {message}\nSee `{self.prog} --help`.\n")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command (`.command`, a function of these arguments) with its options. Exits with 2 on what it cannot read."""
+    parser = build()
+    arguments, rest = parser.parse_known_args(argv)
+    if not hasattr(arguments, "command"):
+        arguments.help_of.print_help(sys.stderr)
+        raise SystemExit(2)
+    # argparse fills `overrides` once, so those that follow an option are left over.
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        known = [option for action in arguments.help_of._actions for option in action.option_strings]
+        hint = _did_you_mean(unknown[0].partition("=")[0], known)
+        arguments.help_of.error(f"unknown argument {unknown[0]}{'; ' + hint if hint else ''}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def build() -> Parser:
+    parser = Parser(
+        prog="ftray",
+        description="Tune language models on Ray: from a run file to a tuned, evaluated, registered adapter.",
+        epilog="Start with `ftray init --data rows.jsonl`, then `ftray check run.yaml`, then `ftray train run.yaml`.\n"
+        "Exit codes: 0 done, 1 a fault of ours, 2 something you can fix, 130 interrupted. FTRAY_DEBUG=1 shows\n"
+        "the traceback of every error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ftray {__version__}")
+    parser.set_defaults(help_of=parser, resumes=False)
+    commands = parser.add_subparsers(title="commands", metavar="<command>", parser_class=Parser)
+    _init(commands)
+    _check(commands)
+    _train(commands)
+    _evaluate(commands)
+    _runs(commands)
+    _adapters(commands)
+    return parser
+
+
+def _init(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "init",
+        training.init,
+        "write a commented run file",
+        "ftray init --data orders.jsonl\n"
+        "ftray init --method qlora --base Qwen/Qwen3-4B --data a.jsonl --data b.csv --out mixture.yaml",
+    )
+    command.add_argument("--method", choices=METHODS, default="lora", help="how the weights adapt (default: lora)")
+    command.add_argument("--data", action="append", metavar="PATH", help="training rows; again for a mixture")
+    command.add_argument("--name", help="name in the registry (default: from the data file)")
+    command.add_argument("--base", default="builtin:tiny", help="Hub id or folder of the base (default: builtin:tiny)")
+    command.add_argument(
+        "--out", default="run.yaml", metavar="FILE", help="where (default: run.yaml; - is the terminal)"
+    )
+    command.add_argument("--force", action="store_true", help="overwrite the file")
+
+
+def _check(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "check",
+        training.check,
+        "read the data and plan the run before any GPU is held",
+        "ftray check run.yaml\nftray check run.yaml scale.zero=3 --json",
+        f"Prints the data report, an example with its trained tokens marked, and whether the run fits.\n\n{_OVERRIDES}",
+    )
+    _run_file(command)
+    _json(command)
+
+
+def _train(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "train",
+        training.train,
+        "train, evaluate and register; again after a crash: resume",
+        "ftray train run.yaml\nftray train run.yaml optim.lr=2e-4 name=coffee-fast\nftray train run.yaml --fresh",
+        f"The same command after a crash of anything resumes from the newest complete checkpoint.\n\n{_OVERRIDES}",
+    )
+    command.set_defaults(resumes=True)
+    _run_file(command)
+    command.add_argument(
+        "--fresh", action="store_true", help="start over: delete what an earlier run of this name left"
+    )
+    _json(command)
+
+
+def _evaluate(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "evaluate",
+        training.evaluate,
+        "base against tuned on held-out rows, forgetting included",
+        "ftray evaluate run.yaml\nftray evaluate run.yaml --ref coffee-bot@v3 evaluate.generate_rows=500",
+        _OVERRIDES,
+    )
+    _run_file(command)
+    command.add_argument("--ref", help="version or alias, e.g. coffee-bot@v3 (default: the newest of the run's name)")
+    _json(command)
+
+
+def _runs(commands: argparse._SubParsersAction) -> None:
+    group = _group(commands, "runs", "what was trained, and how far it got")
+    command = _command(group, "list", runs.list_, "every run under the storage root", "ftray runs list")
+    _storage(command)
+    _json(command)
+    command = _command(
+        group, "show", runs.show, "one run: state, last metrics, resolved file", "ftray runs show coffee-bot"
+    )
+    command.add_argument("name")
+    _storage(command)
+    _json(command)
+
+
+def _adapters(commands: argparse._SubParsersAction) -> None:
+    group = _group(commands, "adapters", "the registry: versions and the aliases that point at them")
+
+    def add(name: str, function: Callable, about: str, examples: str, subject: str | None, what: str = "") -> Parser:
+        command = _command(group, name, function, about, examples)
+        if subject:
+            command.add_argument(subject, help=what)
+        _storage(command)
+        return command
+
+    ref = "a version or alias: coffee-bot@v3, coffee-bot@prod; the bare name is @prod, or else the newest"
+    _json(add("list", adapters.list_, "every adapter, its versions and aliases", "ftray adapters list", None))
+    _json(add("show", adapters.show, "a version's card", "ftray adapters show coffee-bot@v3", "ref", ref))
+
+    command = add(
+        "promote",
+        adapters.promote,
+        "point an alias at a version",
+        "ftray adapters promote coffee-bot@v3\nftray adapters promote coffee-bot@v4 --alias canary",
+        "ref",
+        ref,
+    )
+    command.add_argument("--alias", default="prod", help="default: prod")
+    command.add_argument("--force", action="store_true", help="although the version failed its gate")
+
+    command = add(
+        "rollback",
+        adapters.rollback,
+        "point an alias back at what it pointed at before",
+        "ftray adapters rollback coffee-bot",
+        "name",
+        "the adapter's name",
+    )
+    command.add_argument("--alias", default="prod", help="default: prod")
+
+    command = add(
+        "merge",
+        adapters.merge,
+        "merge a version into its base: a plain model folder",
+        "ftray adapters merge coffee-bot@v3 --out ./coffee-model",
+        "ref",
+        ref,
+    )
+    command.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
+    command.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: the base's own"
+    )
+
+    command = add(
+        "export",
+        adapters.export,
+        "copy a version as a plain PEFT or Hugging Face folder",
+        "ftray adapters export coffee-bot@prod --out ./coffee-adapter",
+        "ref",
+        ref,
+    )
+    command.add_argument("--out", required=True, metavar="FOLDER", help="new folder")
+
+    command = add(
+        "delete",
+        adapters.delete,
+        "delete a version for good; its number is never used again",
+        "ftray adapters delete coffee-bot@v1 --yes",
+        "ref",
+        ref,
+    )
+    command.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, function: Callable, about: str, examples: str, more: str = ""
+) -> Parser:
+    lines = "\n".join(f"  {line}" for line in examples.splitlines())
+    command = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}." + (f"\n{more}" if more else ""),
+        epilog=f"examples:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=function, help_of=command)
+    return command
+
+
+def _group(commands: argparse._SubParsersAction, name: str, about: str) -> argparse._SubParsersAction:
+    group = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
+    group.set_defaults(help_of=group)
+    return group.add_subparsers(title="commands", metavar="<command>", parser_class=Parser)
+
+
+def _run_file(command: Parser) -> None:
+    command.add_argument("file", help="the run file")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides")
+
+
+def _storage(command: Parser) -> None:
+    where = os.environ.get(STORAGE, "./ftray-store")
+    command.add_argument(
+        "--storage", default=where, metavar="ROOT", help=f"folder or URI (default: ${STORAGE} or ./ftray-store)"
+    )
+
+
+def _json(command: Parser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON for scripts")
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else ""

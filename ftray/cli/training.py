@@ -1,0 +1,97 @@
+"""`init`, `check`, `train`, `evaluate`: the commands that take a run file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftray.cli import show
+from ftray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ftray.train.launch import Outcome
+
+
+def init(arguments: argparse.Namespace) -> int:
+    from ftray.config.init import starter
+
+    data = arguments.data or ["train.jsonl"]
+    name = arguments.name or _name_from(data[0])
+    text = starter(arguments.method, data, name, arguments.base)
+    if arguments.out == "-":
+        print(text, end="")
+        return 0
+    out = Path(arguments.out)
+    if out.exists() and not arguments.force:
+        raise ConfigError(str(out), [("", "the file exists; choose another with --out, or overwrite it with --force")])
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(out), [("", f"cannot be written: {error.strerror}; choose another with --out")]) from None
+    print(f"{out} written. Next: `ftray check {shlex.quote(str(out))}`")
+    missing = [path for path in data if "://" not in path and not Path(path).exists()]
+    if missing:
+        print(f"Not there yet: {', '.join(missing)}")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    from ftray.config.load import load_run
+
+    run = load_run(arguments.file, arguments.overrides)
+    from ftray.train.launch import check as plan
+
+    result = plan(run)
+    print(show.as_json(result.to_json()) if arguments.json else "\n".join(result.lines()))
+    return 0 if result.ok else 2
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from ftray.config.load import load_run
+
+    run = load_run(arguments.file, arguments.overrides)
+    from ftray.train.launch import train as launch
+
+    outcome = launch(run, fresh=arguments.fresh, as_json=arguments.json)
+    _print_outcome(outcome, as_json=arguments.json, storage=run.storage)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from ftray.config.load import load_run
+
+    run = load_run(arguments.file, arguments.overrides)
+    from ftray.train.launch import evaluate as judge
+
+    outcome = judge(run, ref=arguments.ref)
+    _print_outcome(outcome, as_json=arguments.json, storage=run.storage)
+    return 0
+
+
+def _print_outcome(outcome: Outcome, *, as_json: bool, storage: str) -> None:
+    if as_json:
+        print(show.as_json(outcome))
+        return
+    from ftray.evaluate.compare import Comparison
+    from ftray.evaluate.terminal import print_comparison
+
+    comparison = Comparison.from_json(outcome.comparison)
+    print_comparison(comparison)
+    resumed = " (resumed)" if outcome.resumed else ""
+    lines: dict[str, object] = {
+        "version": outcome.version,
+        "report": outcome.report,
+        "took": show.duration(outcome.seconds) + resumed,
+    }
+    if outcome.version and comparison.passed:
+        where = "" if storage == "./ftray-store" else f" --storage {shlex.quote(storage)}"
+        lines["next"] = f"ftray adapters promote {outcome.version}{where}"
+    print(f"\n{show.pairs(lines)}")
+
+
+def _name_from(path: str) -> str:
+    stem = Path(path.rstrip("/*")).name.partition(".")[0].lower()
+    return re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:64].strip("-") or "my-run"

@@ -1,0 +1,8 @@
+"""`ftray evaluate`, for `ray job submit --working-dir . -- python jobs/evaluate.py jobs/runs/lora.yaml`."""
+
+import sys
+
+from ftray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`ftray train`, for `ray job submit --working-dir . -- python jobs/train.py jobs/runs/lora.yaml`."""
+
+import sys
+
+from ftray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

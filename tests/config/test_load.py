@@ -1,0 +1,247 @@
+"""Reading a run file: what is accepted, and every message a wrong one gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ftray.config.load import dump_run, load_run, run_from
+from ftray.config.schema import Run
+from ftray.errors import ConfigError
+
+MINIMAL = "name: a\ndata: {sources: rows.jsonl}\n"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(folder: Path, text: str, *overrides: str) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        load_run(written(folder, text), overrides)
+    return dict(caught.value.problems)
+
+
+def test_two_keys_make_a_run_and_the_rest_has_defaults(tmp_path):
+    run = load_run(written(tmp_path, MINIMAL))
+    assert (run.name, run.data.sources[0].path, run.method.kind, run.objective.kind) == (
+        "a",
+        "rows.jsonl",
+        "lora",
+        "sft",
+    )
+
+
+def test_a_number_without_a_dot_before_its_exponent_is_a_number(tmp_path):
+    run = load_run(written(tmp_path, MINIMAL + "optim: {lr: 1e-4, weight_decay: 1E-2}\n"))
+    assert (run.optim.lr, run.optim.weight_decay) == (1e-4, 1e-2)
+
+
+def test_on_and_off_are_words_and_true_is_true(tmp_path):
+    run = load_run(written(tmp_path, "name: a\ndata: {sources: r.jsonl, packing: on, strict: true}\n"))
+    assert (run.data.packing, run.data.strict) == ("on", True)
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_its_defaults(tmp_path):
+    run = load_run(written(tmp_path, MINIMAL + "optim:\n  # lr: 1\nmethod:\n"))
+    assert run == load_run(written(tmp_path, MINIMAL))
+
+
+def test_a_dumped_run_reads_back_equal(tmp_path):
+    text = """
+name: a
+data: {sources: [{path: x, columns: {prompt: "on", answer: "1e5"}, weight: 0.5}], system: "yes", template: "12:30"}
+method: {kind: lora, targets: [q_proj], bits: 8}
+model: {base: "007", revision: "1234567"}
+optim: {lr: 1e-5, betas: [0.9, 0.95], steps: 3}
+scale: {gpus_per_worker: 0.5, cpus_per_worker: auto}
+"""
+    run = load_run(written(tmp_path, text))
+    assert load_run(written(tmp_path, dump_run(run))) == run
+    assert run_from(run.model_dump()) == run
+
+
+def test_a_misspelt_key_gets_the_nearest_one_and_its_line(tmp_path):
+    found = problems(tmp_path, MINIMAL + "method:\n  kind: lora\n  rnak: 8\n")
+    assert found == {"method.rnak": "unknown key; did you mean 'rank'? (line 5)"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "key", "message"),
+    [
+        ("lr: 1", "lr", "'lr' belongs under optim"),
+        ("optim: {workers: 2}", "optim.workers", "'workers' belongs under scale"),
+        ("optim: {rank: 2}", "optim.rank", "'rank' belongs under method"),
+        ("scale: {seed: 2}", "scale.seed", "'seed' stands at the top"),
+        ("optmi: {lr: 1}", "optmi", "did you mean 'optim'?"),
+        ("method: {kind: full, rank: 8}", "method.rank", "unknown key for kind: full; it belongs to kind: lora"),
+        ("optim: {learning_rate: 1}", "optim.learning_rate", "here it is optim.lr"),
+        ("lora_r: 8", "lora_r", "here it is method.rank"),
+        ("scale: {zzz: 8}", "scale.zzz", "known here: workers,"),
+        ("method: {kind: lroa}", "method.kind", "there is no 'lroa'; did you mean 'lora'?"),
+        ("method: {kind: qlora}", "method.kind", "write kind: lora with bits: 4"),
+        ("method: {rank: 8}", "method.kind", "missing; one of full, freeze, lora"),
+        ("method: lora", "method", "write {kind: lora}"),
+        ("method: qlora", "method", "write kind: lora with bits: 4"),
+        ("optim: 3", "optim", "expected a section: keys with values, indented under it, got 3"),
+        ("optim: {steps: abc}", "optim.steps", "expected a whole number, got 'abc'"),
+        ("optim: {steps: 1.5}", "optim.steps", "expected a whole number, got 1.5"),
+        ("optim: {lr: fast}", "optim.lr", "expected a number or 'auto', got 'fast'"),
+        ("optim: {lr: autp}", "optim.lr", "did you mean 'auto'?"),
+        ("optim: {lr: }", "optim.lr", "got nothing; leave the key out for its default (auto)"),
+        ("optim: {lr: .inf}", "optim.lr", "must be a finite number"),
+        ("optim: {lr: 0}", "optim.lr", "must be greater than 0, or 'auto'"),
+        ("optim: {epochs: 0}", "optim.epochs", "must be greater than 0, got 0"),
+        ("optim: {betas: [0.9]}", "optim.betas.1", "missing"),
+        ("optim: {schedule: cosin}", "optim.schedule", "did you mean 'cosine'?"),
+        ("scale: {zero: 4}", "scale.zero", "expected 0, 1, 2 or 3 or 'auto', got 4"),
+        ("scale: {gpus_per_worker: -1}", "scale.gpus_per_worker", "must be at least 0, got -1"),
+        ("model: {revision: 1234}", "model.revision", "expected text, got 1234; put it in quotes"),
+        ("track: {to: [tensorbord]}", "track.to.0", "did you mean 'tensorboard'?"),
+        ("track: {to: wandb}", "track.to", "expected a list"),
+        ("evaluate: {gate: [loss is low]}", "evaluate.gate", "cannot read 'loss is low'"),
+        (
+            "optim: {batch_size: 33}\nscale: {workers: 2}",
+            "optim.batch_size",
+            "33 does not divide over 2 workers; try 32",
+        ),
+        ("scale: {offload: nvme, zero: 3}", "scale.nvme_path", "needs the folder"),
+    ],
+)
+def test_each_wrong_line_gets_its_key_and_the_way_out(tmp_path, extra, key, message):
+    found = problems(tmp_path, f"{MINIMAL}{extra}\n")
+    assert list(found) == [key]
+    assert message in found[key]
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_the_file(tmp_path):
+    found = problems(tmp_path, "name: A b\nmodel: {bas: x}\ndata: {max_length: -1}\noptim: {lr: x}\n")
+    assert list(found) == ["name", "model.bas", "data.sources", "data.max_length", "optim.lr"]
+
+
+def test_a_missing_key_says_what_it_is(tmp_path):
+    assert problems(tmp_path, "data: {sources: a}\n") == {
+        "name": "missing; what it becomes in the registry: a-z, 0-9 and -"
+    }
+
+
+def test_an_empty_list_of_sources_is_told(tmp_path):
+    assert "name at least one" in problems(tmp_path, "name: a\ndata: {sources: []}\n")["data.sources"]
+
+
+def test_a_key_said_twice_is_told_with_both_lines(tmp_path):
+    found = problems(tmp_path, MINIMAL + "optim:\n  lr: 1\n  lr: 2\n")
+    assert found == {"optim.lr": "said twice, on lines 4 and 5; keep one"}
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "message"),
+    [
+        ("name: a\n  data: b\n", ":2", "one indent"),
+        ("name: a\ndata:\n\tsources: x\n", ":3", "spaces, not tabs"),
+        ("name: a\ndata: [x\n", ":3", "brackets"),
+        ("name: [a]: b\n", ":1", "quotes"),
+        ("name: a\n---\nname: b\n", ":2", "one run per file"),
+        ("name: \x00\n", ":1", "U+0000"),
+        ("", "", "the file is empty"),
+        ("- a\n", "", "expected keys such as name"),
+    ],
+)
+def test_text_that_is_not_a_run_file_is_told_with_its_line(tmp_path, text, where, message):
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(caught.value).startswith(f"{path}{where}: 1 problem")
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_names_its_near_one(tmp_path):
+    written(tmp_path, MINIMAL)
+    with pytest.raises(ConfigError, match=r"no such file; did you mean .*run\.yaml\?"):
+        load_run(tmp_path / "rum.yaml")
+    with pytest.raises(ConfigError, match=r"this is a folder; name a file in it: run\.yaml"):
+        load_run(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_run(tmp_path / "latin.yaml")
+
+
+def test_overrides_are_yaml_values_at_dotted_keys(tmp_path):
+    path = written(tmp_path, "name: a\ndata: {sources: [a.jsonl, b.jsonl]}\n")
+    overrides = ["optim.lr=2e-4", "data.sources.1.weight=2", "method={kind: freeze, last_layers: 1}", "optim.steps="]
+    overrides += ["data.packing=off", "data.system=Be brief: really", "evaluate.gate=[loss < base, exact_match >= 0.5]"]
+    run = load_run(path, overrides)
+    assert (run.optim.lr, run.optim.steps, run.data.packing) == (2e-4, None, "off")
+    assert [source.weight for source in run.data.sources] == [1, 2]
+    assert (run.method.kind, run.data.system) == ("freeze", "Be brief: really")
+    assert run.evaluate.gate == ["loss < base", "exact_match >= 0.5"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "message"),
+    [
+        ("optim.lrr=1", "optim.lrr", "did you mean 'lr'? (on the command line)"),
+        ("lr=1", "lr", "'lr' belongs under optim"),
+        ("optim.lr", "", "cannot read the override 'optim.lr'; write key=value"),
+        ("=1", "", "write key=value"),
+        ("name.x=1", "name", "holds 'a', so there is no 'x' in it"),
+        ("data.sources.3.weight=1", "data.sources.3", "data.sources has the entries [0]"),
+        ("data.sources.x.weight=1", "data.sources.x", "data.sources has the entries [0]"),
+        ("method.targets=[a", "method.targets", "quote the override in the shell"),
+    ],
+)
+def test_a_wrong_override_is_told_like_a_wrong_line(tmp_path, override, key, message):
+    found = problems(tmp_path, MINIMAL, override)
+    assert message in found[key]
+
+
+def test_data_beside_the_run_file_is_found_and_data_here_comes_first(tmp_path, monkeypatch):
+    home, here = tmp_path / "runs", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    for name in ("rows.jsonl", "both.jsonl", "a1.csv"):
+        (home / name).touch()
+    (here / "both.jsonl").touch()
+    monkeypatch.chdir(here)
+    text = (
+        "name: a\ndata: {sources: [rows.jsonl, both.jsonl, 'a*.csv', org/set, 's3://b/c'], eval_sources: rows.jsonl}\n"
+    )
+    run = load_run(written(home, text))
+    assert [source.path for source in run.data.sources] == [
+        str(home / "rows.jsonl"),
+        "both.jsonl",
+        str(home / "a*.csv"),
+        "org/set",
+        "s3://b/c",
+    ]
+    assert run.data.eval_sources[0].path == str(home / "rows.jsonl")
+
+
+def test_a_run_is_the_same_from_plain_data_and_leaves_it_alone():
+    raw = {"name": "a", "data": {"sources": "x"}}
+    assert run_from(raw, ["optim.lr=1"]).optim.lr == 1
+    assert raw == {"name": "a", "data": {"sources": "x"}}
+
+
+def test_a_config_error_crosses_processes():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(ConfigError("run.yaml", [("a", "b")])))
+    assert error.problems == (("a", "b"),)
+
+
+def test_every_key_has_a_description():
+    def walk(section):
+        for name, field in section.model_fields.items():
+            if name == "kind":
+                continue
+            inner = sections_of(field.annotation)
+            assert inner or field.description, f"{section.__name__}.{name}"
+            for each in inner:
+                walk(each)
+
+    from ftray.config.explain import sections_of
+
+    walk(Run)
