@@ -71,7 +71,8 @@ class Scores:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Scores:
         tasks = {name: cls.from_json(task) for name, task in values.get("tasks", {}).items()}
-        return cls(tasks=tasks, **{name: value for name, value in values.items() if name not in {"tasks", "perplexity"}})
+        measured = {name: value for name, value in values.items() if name not in {"tasks", "perplexity"}}
+        return cls(**measured, tasks=tasks)
 
 
 def score(

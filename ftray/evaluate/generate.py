@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +70,7 @@ def answer_questions(
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: EOS of tokenizer and generation config, and what the chat template puts after an answer."""
+    """Ids that end an answer: EOS of tokenizer and generation config, and the chat template's end of turn."""
     ids: set[int] = set()
     config = getattr(model, "generation_config", None)
     for value in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
@@ -133,7 +132,7 @@ class _Decoder:
         places_B1 = torch.tensor(lengths, device=self.device)[:, None] - 1
         positions_BT = (places_B1 - torch.arange(ids_BT.shape[1] - 1, -1, -1, device=self.device)).clamp(min=0)
         size = ids_BT.shape[1]
-        cache = _cache(self.config)
+        cache = DynamicCache(config=self.config)
         next_B = self._next(ids_BT, positions_BT, mask_BS, size, cache)
         alive: list[int | None] = list(range(len(prompts)))
         while True:
@@ -200,41 +199,6 @@ class _Decoder:
         else:
             room = CPU_CACHE_BYTES
         return max(1, min(MAX_ROWS, int(room / (token_bytes * (prompt_length + self.max_new_tokens)))))
-
-
-class _GrowingLayer(DynamicLayer):
-    """Keys and values in a buffer that doubles: appending copies one token, not the whole cache."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        old = self.get_seq_length()
-        size = old + key_states.shape[-2]
-        if not old:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers = (key_states, value_states)
-        if size > self.buffers[0].shape[-2]:
-            self.buffers = tuple(_grown(buffer, old, 2 * size) for buffer in self.buffers)
-        if old:
-            self.buffers[0][:, :, old:size] = key_states
-            self.buffers[1][:, :, old:size] = value_states
-        self.keys, self.values = (buffer[:, :, :size] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        size = self.get_seq_length()
-        self.buffers = tuple(buffer.index_select(0, beam_idx) for buffer in self.buffers)
-        self.keys, self.values = (buffer[:, :, :size] for buffer in self.buffers)
-
-
-def _grown(buffer: torch.Tensor, used: int, room: int) -> torch.Tensor:
-    grown = buffer.new_empty((*buffer.shape[:2], room, buffer.shape[3]))
-    grown[:, :, :used] = buffer[:, :, :used]
-    return grown
-
-
-def _cache(config: Any) -> DynamicCache:
-    cache = DynamicCache(config=config)
-    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def _unwrapped(model: Any) -> Any:

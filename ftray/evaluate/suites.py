@@ -17,7 +17,7 @@ from ftray.errors import DataError
 
 @dataclass(frozen=True)
 class LossSum:
-    """Sums over trained tokens: negative log-likelihood in nats, how many tokens, how many were the model's first choice."""
+    """Sums over trained tokens: negative log-likelihood in nats, tokens, tokens that were the model's first choice."""
 
     nll: float = 0.0
     tokens: int = 0
@@ -67,8 +67,11 @@ def json_match(predictions: Sequence[str], answers: Sequence[str]) -> float | No
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Precision, recall and F1 are macro averages over the labels that occur among answers or predictions,
-    0 where undefined (scikit-learn's `average="macro", zero_division=0`). An answer that is no label is simply wrong."""
+    """Shares of right answers; a prediction that is no label is simply wrong.
+
+    Precision, recall and F1 are macro averages over the labels that occur among answers or predictions, 0 where
+    undefined (scikit-learn's `average="macro", zero_division=0`).
+    """
 
     accuracy: float
     precision: float
