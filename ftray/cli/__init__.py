@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 what the user can fix, 130 interrupted."""
     arguments = parser.parse(sys.argv[1:] if argv is None else argv)
     try:
-        return int(arguments.command(arguments) or 0)
+        code = arguments.command(arguments)
+        sys.stdout.flush()  # so that a closed pipe is seen here and not at exit
+        return int(code)
     except FtrayError as error:
         if os.environ.get(DEBUG) == "1":
             raise

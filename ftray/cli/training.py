@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 def init(arguments: argparse.Namespace) -> int:
     from ftray.config.init import starter
+    from ftray.config.load import run_from
 
     data = arguments.data or ["train.jsonl"]
     name = arguments.name or _name_from(data[0])
+    run_from({"name": name, "data": {"sources": data}}, source="ftray init")
     text = starter(arguments.method, data, name, arguments.base)
     if arguments.out == "-":
         print(text, end="")
