@@ -8,11 +8,18 @@ import subprocess
 import sys
 
 import pytest
+
 from ftray.cli import main, parser
 from ftray.config.load import load_run
 
 GROUPS = {"runs": ("list", "show"), "adapters": ("list", "show", "promote", "rollback", "merge", "export", "delete")}
-COMMANDS = [["init"], ["check"], ["train"], ["evaluate"], *([group, name] for group in GROUPS for name in GROUPS[group])]
+COMMANDS = [
+    ["init"],
+    ["check"],
+    ["train"],
+    ["evaluate"],
+    *([group, name] for group in GROUPS for name in GROUPS[group]),
+]
 
 
 def exit_of(*argv: str) -> int:

@@ -1,0 +1,108 @@
+"""What the documents and samples say is so: run files parse, commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ftray.cli import main, parser
+from ftray.config.load import load_run, run_from
+from ftray.config.schema import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SAMPLES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
+# In two pieces, so that this list does not find itself.
+REGISTRY_HOSTS = ["pypi" + ".org", "python" + "hosted", "npm" + "js.", "deb." + "debian", "conda" + ".anaconda"]
+
+
+def fences(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(start: str) -> list[list[str]]:
+    """The words after `start` of every such command in the documents, in fences and in running text."""
+    found = set()
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        lines = [line.partition(" # ")[0] for block in fences(path, "bash") for line in block.splitlines()]
+        spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+        found |= {line.strip() for line in [*lines, *spans] if line.startswith(f"{start} ")}
+    return [shlex.split(line)[1:] for line in sorted(found)]
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+def test_a_sample_parses_and_says_what_it_is_for(path):
+    run = load_run(path)
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    assert run.evaluate.gate
+
+
+def test_there_is_a_sample_for_every_method_and_objective():
+    runs = [load_run(path) for path in SAMPLES]
+    assert {run.method.kind for run in runs} >= {"full", "freeze", "lora"}
+    assert any(run.method.kind == "lora" and run.method.bits == 4 for run in runs)
+    assert {run.objective.kind for run in runs} == {"sft", "pretrain"}
+    assert len({run.name for run in runs}) == len(runs), "two samples would resume each other"
+
+
+@pytest.mark.parametrize("words", commands("ftray"), ids=" ".join)
+def test_a_command_in_the_documents_parses(words):
+    if len(words) == 1:  # only named in running text: it is enough that it has help
+        with pytest.raises(SystemExit, match="0"):
+            parser.parse([*words, "--help"])
+        return
+    arguments = parser.parse(words)
+    run_from({"name": "a", "data": {"sources": "a"}}, getattr(arguments, "overrides", []))
+
+
+def test_the_readme_has_commands():
+    assert len(commands("ftray")) > 10
+    assert ["demo"] in commands("make")
+
+
+@pytest.mark.parametrize("block", fences(ROOT / "README.md", "yaml"))
+def test_a_run_file_in_the_readme_parses(block, tmp_path):
+    (tmp_path / "run.yaml").write_text(block, encoding="utf-8")
+    assert isinstance(load_run(tmp_path / "run.yaml"), Run)
+
+
+def test_the_first_steps_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = next(block for block in fences(ROOT / "README.md", "bash") if "ftray init" in block)
+    line = next(line for line in block.splitlines() if line.startswith("ftray init"))
+    assert main(shlex.split(line.partition(" # ")[0])[1:]) == 0
+    assert load_run("run.yaml").name == "orders"
+
+
+def test_every_make_command_in_the_documents_is_a_target():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for words in commands("make"):
+        for word in words:
+            assert word in targets, f"make {word}"
+
+
+def test_files_that_the_documents_name_exist():
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        links = re.findall(r"\]\((?!https?://)([^)#]+)", text)
+        spans = re.findall(r"`((?:jobs|ftray|tests|docs|cluster|k8s|benchmarks)/[\w./-]+)`", text)
+        scripts = re.findall(r"python (\S+\.py)(?: (\S+\.yaml))?", text)
+        for name in [*links, *spans, *(part for pair in scripts for part in pair if part)]:
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_no_tracked_file_names_a_package_registry():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, tracked.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".safetensors", ".png", ".gz") or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        assert not [host for host in REGISTRY_HOSTS if host in text], name
