@@ -1,0 +1,378 @@
+"""How a row is laid out, and how it becomes an example: a list of messages, or a text.
+
+    messages           {"messages": [{"role", "content", "weight"?, "tool_calls"?}, ...], "tools"?: [...]}
+    prompt_completion  {"prompt": str or messages, "completion": str or messages}; also question/answer and the like
+    instruction        {"instruction", "input"?, "output"}
+    sharegpt           {"conversations": [{"from", "value"}, ...]}
+    text               {"text": str}
+
+`recognise` looks at a source's first rows; `Layout.example` turns one row into an example or raises `Unusable`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftray.config.schema import Source
+from ftray.errors import DataError
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user", "customer": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "bing": "assistant", "bard": "assistant", "function_call": "assistant", "agent": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
+}  # fmt: skip
+# column pairs read as prompt and completion when nothing is said; the first pair that a row has wins
+PAIRS = (
+    ("prompt", "completion"), ("question", "answer"), ("prompt", "response"), ("instruction", "response"),
+    ("query", "response"), ("query", "answer"), ("question", "response"), ("input", "output"), ("input", "target"),
+    ("source", "target"), ("prompt", "answer"), ("prompt", "output"),
+)  # fmt: skip
+# columns that may stand beside `text` without making its meaning doubtful
+BESIDE_TEXT = {
+    "id",
+    "_id",
+    "idx",
+    "index",
+    "url",
+    "source",
+    "title",
+    "meta",
+    "metadata",
+    "timestamp",
+    "date",
+    "language",
+    "lang",
+}
+
+
+class Unusable(Exception):
+    """A row that is not used. `kind` is what the report counts; `detail` says more; `bad`: `strict` makes it an error."""
+
+    def __init__(self, kind: str, detail: str = "", *, bad: bool = True):
+        super().__init__(kind, detail)
+        self.kind, self.detail, self.bad = kind, detail, bad
+
+    @property
+    def reason(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+@dataclass(slots=True)
+class Example:
+    """Either messages (role, content, and optionally weight 0 or 1, tool_calls, ...) or a text."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    text: str = ""
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def last_answer(self) -> int:
+        """Number of the last message of the assistant; -1 if there is none."""
+        roles = [message["role"] for message in self.messages]
+        return len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of one source are read. `columns`: our name -> the file's."""
+
+    kind: str
+    columns: dict[str, str]
+    template: str | None = None
+    system: str | None = None
+    unused: tuple[str, ...] = ()
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """The canonical example of a row. Raises Unusable."""
+        if self.kind == "text":
+            text = _string(row, self.columns["text"])
+            if self.template:
+                text = self._fill(row)
+            return Example(text=text)
+        messages, tools = READERS[self.kind](self, row), None
+        if "tools" in self.columns:
+            tools = _tools(row.get(self.columns["tools"]))
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        if not any(message["role"] == "assistant" for message in messages):
+            raise Unusable("no message of the assistant")
+        return Example(messages=messages, tools=tools)
+
+    def value(self, row: Mapping[str, Any], ours: str) -> Any:
+        value = row.get(self.columns[ours])
+        if value is None:
+            raise Unusable(f"no value in column '{self.columns[ours]}'")
+        return value
+
+    def _fill(self, row: Mapping[str, Any]) -> str:
+        assert self.template is not None
+        values = {}
+        for name in _fields(self.template):
+            value = row.get(self.columns.get(name, name))
+            # a missing `input` is how instruction data says that there is none
+            if value is None and name != "input":
+                raise Unusable(f"no value in column '{self.columns.get(name, name)}'", "the template needs it")
+            values[name] = (
+                "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            )
+        return self.template.format(**values)
+
+    def prompt(self, row: Mapping[str, Any], default: str) -> str:
+        return self._fill(row) if self.template else default
+
+
+def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: str, template: str | None = None,
+              system: str | None = None) -> Layout:  # fmt: skip
+    """The layout of a source, from what the run says and its first rows.
+
+    Raises DataError, naming the columns there are, when a named column does not exist or nothing fits.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    where = f"{source.path}: "
+    columns = dict(source.columns)
+    for ours, theirs in columns.items():
+        if theirs not in names:
+            raise DataError(
+                f"{where}no column '{theirs}' (data.sources columns: {ours}){_near(theirs, names)}; {_have(names)}"
+            )
+    ours = {name: name for name in names} | columns
+    kind = source.format if source.format != "auto" else _kind(rows, ours, columns, objective)
+    if kind is None:
+        raise DataError(
+            f"{where}cannot tell how its rows are laid out; {_have(names)}. Name them, e.g. "
+            "columns: {prompt: <column>, completion: <column>}, or set format"
+        )
+    used = _used(kind, ours, columns, rows)
+    if used is None:
+        raise DataError(f"{where}format {kind} needs {NEEDS[kind]}; {_have(names)}. Map them with columns")
+    if template:
+        used |= _template_columns(template, ours, names, where)
+        if kind in ("messages", "sharegpt"):
+            raise DataError(f"{where}data.template fills a prompt, but its rows are {kind}; leave the template out")
+    unused = tuple(name for name in names if name not in used.values())
+    return Layout(kind, used, template=template, system=system, unused=unused)
+
+
+NEEDS = {
+    "messages": "a column 'messages'",
+    "prompt_completion": "columns 'prompt' and 'completion'",
+    "instruction": "columns 'instruction' and 'output'",
+    "sharegpt": "a column 'conversations'",
+    "text": "a column 'text'",
+}
+
+
+def _kind(
+    rows: Sequence[Mapping[str, Any]], ours: Mapping[str, str], mapped: Mapping[str, str], objective: str
+) -> str | None:
+    for name in ("messages", "conversations", "conversation"):
+        turns = next((row[ours[name]] for row in rows if name in ours and row.get(ours[name])), None)
+        turns = _json(turns)
+        if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
+            return "sharegpt" if "from" in turns[0] else "messages"
+    if "prompt" in mapped and "completion" in mapped:
+        return "prompt_completion"
+    if "instruction" in ours and "output" in ours:
+        return "instruction"
+    if any(prompt in ours and answer in ours for prompt, answer in PAIRS):
+        return "prompt_completion"
+    if "text" in ours and ("text" in mapped or objective == "pretrain" or {*ours} - {"text"} <= BESIDE_TEXT):
+        return "text"
+    return None
+
+
+def _used(
+    kind: str, ours: Mapping[str, str], mapped: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str] | None:
+    """Our name -> the file's, for the columns that a format reads; None when it lacks one."""
+    tools = {"tools": ours["tools"]} if "tools" in ours else {}
+    if kind in ("messages", "sharegpt"):
+        candidates = ("messages", "conversations", "conversation")
+        name = next((name for name in candidates if name in mapped), None) or next(
+            (n for n in candidates if n in ours), None
+        )
+        return {kind if kind == "messages" else "conversations": ours[name], **tools} if name else None
+    if kind == "prompt_completion":
+        pairs = [("prompt", "completion"), *PAIRS] if {"prompt", "completion"} & {*mapped} else PAIRS
+        for prompt, answer in pairs:
+            if prompt in ours and answer in ours:
+                return {"prompt": ours[prompt], "completion": ours[answer], **tools}
+        return None
+    if kind == "instruction":
+        if "instruction" not in ours or "output" not in ours:
+            return None
+        return {name: ours[name] for name in ("instruction", "input", "output") if name in ours}
+    return {"text": ours["text"]} if "text" in ours else None
+
+
+def _read_messages(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return read_turns(layout.value(row, "messages"))
+
+
+def _read_sharegpt(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return read_turns(layout.value(row, "conversations"))
+
+
+def _read_pair(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    prompt, completion = _turns_in(layout.value(row, "prompt")), _turns_in(layout.value(row, "completion"))
+    if _is_turns(prompt) and not layout.template:
+        before = [
+            {**message, "weight": 0} if message["role"] == "assistant" else message for message in read_turns(prompt)
+        ]
+    else:
+        before = [{"role": "user", "content": layout.prompt(row, _text(prompt, "prompt"))}]
+    if _is_turns(completion):
+        return before + read_turns(completion)
+    return [*before, {"role": "assistant", "content": _text(completion, "completion")}]
+
+
+def _read_instruction(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    instruction, more = _string(row, layout.columns["instruction"]), row.get(layout.columns.get("input", ""))
+    asked = f"{instruction}\n\n{more}" if more else instruction
+    return [
+        {"role": "user", "content": layout.prompt(row, asked)},
+        {"role": "assistant", "content": _string(row, layout.columns["output"])},
+    ]
+
+
+READERS = {
+    "messages": _read_messages,
+    "prompt_completion": _read_pair,
+    "instruction": _read_instruction,
+    "sharegpt": _read_sharegpt,
+}
+
+
+def read_turns(turns: Any) -> list[dict[str, Any]]:
+    """Checked messages from OpenAI or ShareGPT turns. Raises Unusable, naming the message (1, 2, ...)."""
+    turns = _json(turns)
+    if not isinstance(turns, list):
+        raise Unusable("messages are not a list", type(turns).__name__)
+    if not turns:
+        raise Unusable("no messages")
+    return [_turn(turn, number) for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: Any, number: int) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise Unusable("a message is not an object", f"message {number}")
+    role = turn.get("role", turn.get("from"))
+    if role not in ROLES:
+        raise Unusable("unknown role", f"message {number} has role {role!r}; known: {', '.join(ROLES)}")
+    message: dict[str, Any] = {"role": ROLES[role], "content": _content(turn.get("content", turn.get("value")), number)}
+    if turn.get("tool_calls"):
+        message["tool_calls"] = [_call(call, number) for call in turn["tool_calls"]]
+    elif message["content"] is None:
+        raise Unusable("a message has no content", f"message {number}")
+    for key in ("name", "tool_call_id", "reasoning_content", "thinking"):
+        if turn.get(key) is not None:
+            message[key] = turn[key]
+    weight = turn.get("weight")
+    if weight is not None:
+        if weight not in (0, 1):
+            raise Unusable("a message's weight is not 0 or 1", f"message {number} has {weight!r}")
+        message["weight"] = int(weight)
+    return message
+
+
+def _content(content: Any, number: int) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        texts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+        ]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)  # type: ignore[arg-type]
+        raise Unusable("a message's content is not only text", f"message {number}")
+    raise Unusable("a message's content is not text", f"message {number} has {type(content).__name__}")
+
+
+def _call(call: Any, number: int) -> dict[str, Any]:
+    """A tool call, with arguments as an object: templates write it as JSON, so a string would be quoted twice."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise Unusable("a tool call names no function", f"message {number}")
+    arguments = _json(function.get("arguments", {}))
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    value = _json(value)
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise Unusable("tools are not a list of objects")
+    return [dict(tool) for tool in value]
+
+
+def _json(value: Any) -> Any:
+    """CSV and Parquet files carry lists and objects as JSON strings."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _turns_in(value: Any) -> Any:
+    """The list of messages that a value is or holds as JSON; any other text, JSON answers included, as it is."""
+    parsed = _json(value)
+    return parsed if _is_turns(parsed) else value
+
+
+def _is_turns(value: Any) -> bool:
+    turns = isinstance(value, list) and all(isinstance(item, Mapping) and {"role", "from"} & {*item} for item in value)
+    return turns and bool(value)
+
+
+def _text(value: Any, column: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, Mapping, Sequence)):
+        raise Unusable(f"column '{column}' is not text", type(value).__name__)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _string(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise Unusable(f"no value in column '{column}'")
+    return _text(value, column)
+
+
+def _fields(template: str) -> list[str]:
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
+
+
+def _template_columns(template: str, ours: Mapping[str, str], names: Sequence[str], where: str) -> dict[str, str]:
+    """Columns that a template reads. Raises DataError on one that does not exist or on more than plain names."""
+    try:
+        fields = _fields(template)
+    except ValueError as error:
+        raise DataError(f"data.template: {error}; write literal braces twice, {{{{ and }}}}") from None
+    for name in fields:
+        if not name.isidentifier():
+            raise DataError(
+                f"data.template: {{{name}}} is not a column name; write literal braces twice, {{{{ and }}}}"
+            )
+        if name not in ours and name != "input":
+            raise DataError(f"{where}data.template names {{{name}}}{_near(name, [*ours])}; {_have(names)}")
+    return {name: ours[name] for name in fields if name in ours}
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _have(names: Sequence[str]) -> str:
+    return f"its columns are {', '.join(names)}" if names else "it has no columns"
