@@ -21,7 +21,7 @@ def list_(arguments: argparse.Namespace) -> int:
         print(f"No runs under {arguments.storage}. `ftray train run.yaml` makes one; --storage names another root.")
     else:
         rows = [
-            [run["name"], run.get("status"), _steps(run), run.get("version"), shown.when(run.get("updated"))]
+            [run["name"], _status(run, live=run["live"]), _steps(run), run.get("version"), shown.when(run.get("updated"))]
             for run in found
         ]
         print(shown.columns(["run", "status", "step", "version", "updated"], rows))
@@ -41,15 +41,16 @@ def show(arguments: argparse.Namespace) -> int:
         near = difflib.get_close_matches(arguments.name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none'}"
         raise StorageError(f"no run {arguments.name!r} under {arguments.storage}; {hint}")
-    state, metrics = folder.state(), folder.metrics()
+    state, metrics, holder = folder.state(), folder.metrics(), folder.holder()
     if arguments.json:
-        print(shown.as_json({"name": arguments.name, "state": state, "metrics": metrics, "run": resolved}))
+        print(shown.as_json({"name": arguments.name, **state, "holder": holder, "metrics": metrics, "run": resolved}))
         return 0
     print(
         shown.pairs(
             {
                 "run": arguments.name,
-                "status": state.get("status"),
+                "status": _status(state, live=holder is not None),
+                "driver": f"pid {holder.get('pid')} on {holder.get('host')}" if holder else None,
                 "step": _steps(state),
                 "version": state.get("version"),
                 "report": state.get("report"),
@@ -63,6 +64,11 @@ def show(arguments: argparse.Namespace) -> int:
         print(f"\nlast metrics\n{_last(metrics)}")
     print(f"\nresolved run\n{dump(resolved)}", end="")
     return 0
+
+
+def _status(run: dict[str, Any], *, live: bool) -> str | None:
+    stopped = run.get("status") in ("preparing", "training", "evaluating") and not live
+    return f"{run['status']}, stopped" if stopped else run.get("status")
 
 
 def _steps(run: dict[str, Any]) -> str | None:
