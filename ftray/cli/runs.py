@@ -21,7 +21,13 @@ def list_(arguments: argparse.Namespace) -> int:
         print(f"No runs under {arguments.storage}. `ftray train run.yaml` makes one; --storage names another root.")
     else:
         rows = [
-            [run["name"], _status(run, live=run["live"]), _steps(run), run.get("version"), shown.when(run.get("updated"))]
+            [
+                run["name"],
+                _status(run, live=run["live"]),
+                _steps(run),
+                run.get("version"),
+                shown.when(run.get("updated")),
+            ]
             for run in found
         ]
         print(shown.columns(["run", "status", "step", "version", "updated"], rows))

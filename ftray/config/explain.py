@@ -99,25 +99,30 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 def expected(annotation: Any) -> str:
     """What may be written, e.g. `float | Literal["auto"]` -> "a number or 'auto'"."""
+    members = sections_of(annotation)
+    if get_origin(annotation) is not list and len(members) > 1:
+        return f"a section with kind: {_any_of([_kind(section) for section in members])}"
+    return _or(_words(annotation))
+
+
+def _words(annotation: Any) -> list[str]:
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if annotation in plain:
-        return plain[annotation]
     origin, args = get_origin(annotation), get_args(annotation)
+    if annotation in plain:
+        return [plain[annotation]]
     if origin is typing.Annotated:
-        return expected(args[0])
+        return _words(args[0])
     if origin is Literal:
-        return repr(args[0]) if len(args) == 1 else f"{', '.join(map(str, args[:-1]))} or {args[-1]}"
+        return [repr(args[0])] if len(args) == 1 else [str(arg) for arg in args]
     if origin in (typing.Union, types.UnionType):
-        if all(sections_of(arg) for arg in args):
-            return f"a section with kind: {_any_of([_kind(section) for section in sections_of(annotation)])}"
-        return " or ".join(expected(arg) for arg in args if arg is not type(None))
+        return [word for arg in args if arg is not type(None) for word in _words(arg)]
     if origin is list:
-        return "a list" if sections_of(args[0]) else f"a list, each {expected(args[0])}"
+        return ["a list" if sections_of(args[0]) else f"a list, each {_or(_words(args[0]))}"]
     if origin is tuple:
-        return f"a list of {len(args)}, each {expected(args[0])}"
+        return [f"a list of {len(args)}, each {_or(_words(args[0]))}"]
     if origin is dict:
-        return "names with values, e.g. {prompt: question}"
-    return "a section: keys with values, indented under it"
+        return ["names with values, e.g. {prompt: question}"]
+    return ["a section: keys with values, indented under it"]
 
 
 def did_you_mean(word: object, known: Sequence[object]) -> str:
@@ -128,7 +133,9 @@ def did_you_mean(word: object, known: Sequence[object]) -> str:
 def _explain(root: type[BaseModel], raw: Any, path: Path_, errors: list[Mapping[str, Any]]) -> Iterator[Problem]:
     first, kind = errors[0], str(errors[0]["type"])
     value = _value_at(raw, path)
-    if kind == "extra_forbidden":
+    if kind == "invalid_key":
+        yield path, f"a key is a word, got {_shown(first['input'])}"
+    elif kind == "extra_forbidden":
         yield path, _unknown_key(root, raw, path)
     elif kind == "union_tag_invalid":
         yield (*path, "kind"), _unknown_kind(first["ctx"]["tag"], sections_of(_annotation(root, raw, path)))
@@ -231,7 +238,7 @@ def _path_in_file(error: Mapping[str, Any], raw: Any) -> Path_:
         in_list = isinstance(raw, list) and isinstance(part, int) and part < len(raw)
         if in_list or (isinstance(raw, Mapping) and part in raw):
             raw = raw[part]
-        elif not (error["type"] == "missing" and position == len(loc) - 1):
+        elif not (error["type"] in ("missing", "invalid_key") and position == len(loc) - 1):
             continue
         path.append(part)
     return tuple(path)
@@ -287,6 +294,10 @@ def _any_of(words: Sequence[object]) -> str:
     return f"one of {', '.join(map(str, words))}"
 
 
+def _or(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+
+
 def _number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -297,6 +308,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return f"keys ({', '.join(map(str, list(value)[:3]))})"
+        return f"keys ({', '.join(map(str, list(value)[:3]))})" if value else "an empty section"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

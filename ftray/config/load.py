@@ -45,12 +45,13 @@ def run_from(
     folder: Path | None = None,
 ) -> Run:
     """The same for plain data, e.g. a request's body. `lines` and `folder` are those of the file it came from."""
-    data = _without_empty_sections(Run, copy.deepcopy(dict(raw)))
+    data = copy.deepcopy(dict(raw))
     problems: list[tuple[Path_, str]] = []
     for override in overrides:
         problem = _set(data, override)
         if problem:
             problems.append(problem)
+    data = _without_empty_sections(Run, data)
     if folder is not None:
         _find_files(data, folder)
     run = None

@@ -13,7 +13,7 @@ from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
 
 
-@pytest.fixture()
+@pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     root = tmp_path / "store"
     monkeypatch.setenv("FTRAY_STORAGE", str(root))
@@ -30,7 +30,10 @@ def a_run(root: Path, name: str, **state) -> RunFolder:
 
 def test_runs_are_listed_with_their_state(root, capsys):
     assert main(["runs", "list"]) == 0
-    assert capsys.readouterr().out == f"No runs under {root}. `ftray train run.yaml` makes one; --storage names another root.\n"
+    assert (
+        capsys.readouterr().out
+        == f"No runs under {root}. `ftray train run.yaml` makes one; --storage names another root.\n"
+    )
 
     a_run(root, "coffee", status="done", step=2, total_steps=2, version="coffee@v1")
     a_run(root, "tea", status="training", step=1, total_steps=9)
