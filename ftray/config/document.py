@@ -89,10 +89,10 @@ def parse(text: str, *, source: str) -> Document:
         if node is None:
             return Document(None)
         lines: dict[Path_, int] = {}
-        twice: list[tuple[str, str]] = []
-        _walk(node, (), lines, twice)
-        if twice:
-            raise ConfigError(source, twice)
+        problems: list[tuple[str, str]] = []
+        _walk(node, (), lines, problems, around=())
+        if problems:
+            raise ConfigError(source, problems)
         return Document(loader.construct_document(node), lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -126,20 +126,30 @@ def inline(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, int], twice: list[tuple[str, str]]) -> None:
+def _walk(
+    node: yaml.Node, path: Path_, lines: dict[Path_, int], problems: list[tuple[str, str]], *, around: tuple[int, ...]
+) -> None:
+    """Fills `lines`, and `problems` with keys said twice and sections that hold themselves."""
+    if id(node) in around:
+        problems.append((_dotted(path), "holds itself through its anchor; write it out"))
+        return
+    around = (*around, id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
             line = key.start_mark.line + 1
             if here in lines and key.value != "<<":
-                dotted = ".".join(map(str, here))
-                twice.append((dotted, f"said twice, on lines {lines[here]} and {line}; keep one"))
+                problems.append((_dotted(here), f"said twice, on lines {lines[here]} and {line}; keep one"))
             lines[here] = line
-            _walk(value, here, lines, twice)
+            _walk(value, here, lines, problems, around=around)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*path, index)] = item.start_mark.line + 1
-            _walk(item, (*path, index), lines, twice)
+            _walk(item, (*path, index), lines, problems, around=around)
+
+
+def _dotted(path: Path_) -> str:
+    return ".".join(map(str, path))
 
 
 def _what_is_wrong(error: yaml.MarkedYAMLError, text: str, mark: yaml.Mark | None) -> str:

@@ -159,6 +159,13 @@ def test_text_that_is_not_a_run_file_is_told_with_its_line(tmp_path, text, where
     assert message in str(caught.value)
 
 
+def test_anchors_may_be_used_but_not_inside_themselves(tmp_path):
+    run = load_run(written(tmp_path, "name: a\ndata: {sources: [&s {path: a}, {<<: *s, weight: 2}]}\n"))
+    assert [source.weight for source in run.data.sources] == [1, 2]
+    found = problems(tmp_path, "name: a\ndata: &d\n  sources: *d\n")
+    assert found == {"data.sources": "holds itself through its anchor; write it out"}
+
+
 def test_a_missing_file_names_its_near_one(tmp_path):
     written(tmp_path, MINIMAL)
     with pytest.raises(ConfigError, match=r"no such file; did you mean .*run\.yaml\?"):
