@@ -64,8 +64,8 @@ class Scores:
         return {name: value for name, value in pairs if value is not None}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a loss that is not finite becomes null. `from_json` reads it back."""
-        values: dict[str, Any] = {name: _finite(value) for name, value in self.values().items()}
+        """Plain JSON, without what is not finite. `from_json` reads it back."""
+        values: dict[str, Any] = {name: value for name, value in self.values().items() if math.isfinite(value)}
         return values | ({"tasks": {name: task.to_json() for name, task in self.tasks.items()}} if self.tasks else {})
 
     @classmethod
@@ -220,7 +220,7 @@ def _changes(before: Scores, after: Scores) -> list[Change]:
 def _judge(rule: str, before: Scores, after: Scores) -> GateResult:
     metric, sign, against = _read(rule)
     if metric == "forgetting":
-        value, base = _forgetting(before, after), 0.0
+        value, base = _forgetting(before, after), _forgetting(before, before)
     else:
         value, base = after.values().get(metric), before.values().get(metric)
     bound = base if against == "base" else float(against)
