@@ -1,8 +1,8 @@
 """Makes the built-in model: `prepare` writes text, tokenizer and random weights; `publish` packs the trained model.
 
-    python jobs/make_tiny.py prepare data/tiny
-    ftray train jobs/runs/builtin-tiny.yaml
-    python jobs/make_tiny.py publish <folder of the trained model> --work data/tiny
+python jobs/make_tiny.py prepare data/tiny
+ftray train jobs/runs/builtin-tiny.yaml
+python jobs/make_tiny.py publish <folder of the trained model> --work data/tiny
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from typing import Any
 from tiny_text import conversations
 
 HERE = Path(__file__).resolve().parent
-SPECIALS = {"bos": "<|bos|>", "end": "<|end|>", "user": "<|user|>", "assistant": "<|assistant|>", "system": "<|system|>", "pad": "<|pad|>"}
+SPECIALS = {
+    "bos": "<|bos|>",
+    "end": "<|end|>",
+    "user": "<|user|>",
+    "assistant": "<|assistant|>",
+    "system": "<|system|>",
+    "pad": "<|pad|>",
+}
 VOCAB_SIZE = 4096
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 2048,
     "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "initializer_range": 0.02,
@@ -54,7 +61,9 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
     bos = SPECIALS["bos"]
     tokenizer.post_processor = processors.Sequence([
         processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]),
+        processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        ),
     ])  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -76,7 +85,10 @@ def untrained(folder: Path, *, tokenizer: Any, seed: int) -> int:
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **SHAPE, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        **SHAPE,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
@@ -88,8 +100,7 @@ def untrained(folder: Path, *, tokenizer: Any, seed: int) -> int:
 
 
 def read_messages(path: Path) -> Iterator[dict[str, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for line in lines:
             yield {"messages": json.loads(line)["messages"]}
 
@@ -126,15 +137,10 @@ def texts_of(row: dict[str, Any]) -> list[str]:
     return [row["text"]] if "text" in row else [message["content"] for message in row["messages"]]
 
 
-def encoded(tokenizer: Any, row: dict[str, Any]) -> list[int]:
-    """Token ids of a row as the pre-training sees it."""
-    if "text" in row:
-        return [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
-    return tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
-
-
 def prepare(work: Path, *, sources: Path, seed: int, generated_rows: int) -> dict[str, Any]:
     """Fills `work`: <part>.train.jsonl and <part>.test.jsonl for four parts, untrained/, counts.json (returned)."""
+    from tiny_publish import encoded
+
     work.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
 
@@ -176,13 +182,27 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("prepare", help="text, tokenizer and random weights into a work folder")
     first.add_argument("work", type=Path)
-    first.add_argument("--sources", type=Path, default=HERE.parent.parent / "shared/data", help="folder with the public data sets")
+    first.add_argument(
+        "--sources", type=Path, default=HERE.parent.parent / "shared/data", help="folder with the public data sets"
+    )
     first.add_argument("--seed", type=int, default=20)
     first.add_argument("--generated-rows", type=int, default=36000)
+    second = commands.add_parser("publish", help="the trained model, packed as builtin:tiny with its card")
+    second.add_argument("trained", type=Path, help="folder with the trained model's config.json and safetensors")
+    second.add_argument("--work", type=Path, required=True, help="the folder that prepare filled")
+    second.add_argument("--into", type=Path, default=HERE.parent / "ftray/models/tiny")
+    second.add_argument("--recipe", type=Path, default=HERE / "runs/builtin-tiny.yaml")
     options = parser.parse_args()
     if options.command == "prepare":
-        counts = prepare(options.work, sources=options.sources, seed=options.seed, generated_rows=options.generated_rows)
+        counts = prepare(
+            options.work, sources=options.sources, seed=options.seed, generated_rows=options.generated_rows
+        )
         print(json.dumps(counts, indent=1))
+    else:
+        from tiny_publish import publish
+
+        publish(options.trained, work=options.work, into=options.into, recipe=options.recipe)
+        print((options.into / "README.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

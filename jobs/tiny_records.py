@@ -4,6 +4,8 @@ One record gives a whole conversation: read it back, write it as JSON or `key: v
 change a value. The domain of the sample task, café orders, is left out on purpose.
 """
 
+# ruff: noqa: E501 — a table of phrasings reads better with one phrasing on a line
+
 from __future__ import annotations
 
 import json
@@ -13,89 +15,26 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tiny_words import (
-    ADJECTIVES,
-    CITIES,
-    COLORS,
-    DAYS,
-    FIRST_NAMES,
-    GROUPS,
-    LAST_NAMES,
-    MONTHS,
-    NUMBER_WORDS,
-    STREETS,
-    SYLLABLES,
-    THINGS,
+from tiny_values import (
+    any_of,
+    city,
+    clock,
+    code,
+    date,
+    email,
+    first_name,
+    full_name,
+    invented,
+    phone,
+    plural,
+    price,
+    small,
+    street,
+    with_article,
 )
+from tiny_words import ADJECTIVES, COLORS, DAYS, GROUPS, NUMBER_WORDS, THINGS
 
 Turn = tuple[str, str]
-
-
-def plural(thing: str) -> str:
-    if thing[-1] == "y" and thing[-2] not in "aeiou":
-        return f"{thing[:-1]}ies"
-    return {"leaf": "leaves", "shelf": "shelves", "sheep": "sheep"}.get(thing) or thing + ("es" if thing[-1] in "sxh" else "s")
-
-
-def with_article(words: str) -> str:
-    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
-
-
-def invented(rng: Random) -> str:
-    """A word nobody has seen: what can only be copied, not remembered."""
-    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 4))).capitalize()
-
-
-def first_name(rng: Random) -> str:
-    return rng.choice(FIRST_NAMES) if rng.random() < 0.85 else invented(rng)
-
-
-def full_name(rng: Random) -> str:
-    last = rng.choice(LAST_NAMES) if rng.random() < 0.85 else invented(rng)
-    return f"{first_name(rng)} {last}"
-
-
-def city(rng: Random) -> str:
-    return rng.choice(CITIES) if rng.random() < 0.85 else invented(rng)
-
-
-def street(rng: Random) -> str:
-    return f"{rng.randint(1, 180)} {rng.choice(STREETS)} {rng.choice(['Street', 'Road', 'Lane', 'Avenue', 'Square'])}"
-
-
-def date(rng: Random) -> str:
-    return rng.choice([f"{rng.randint(1, 28)} {rng.choice(MONTHS)}", f"{rng.choice(MONTHS)} {rng.randint(1, 28)}"])
-
-
-def clock(rng: Random) -> str:
-    return f"{rng.randint(0, 23)}:{rng.choice([0, 5, 10, 15, 20, 30, 40, 45, 50, 55]):02d}"
-
-
-def code(rng: Random) -> str:
-    letters = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(rng.randint(1, 3)))
-    return f"{letters}{rng.choice(['-', ''])}{rng.randint(10, 99999)}"
-
-
-def phone(rng: Random) -> str:
-    return f"{rng.randint(200, 999)}-{rng.randint(200, 999)}-{rng.randint(0, 9999):04d}"
-
-
-def email(rng: Random) -> str:
-    domain = rng.choice(["mail", "post", "office", invented(rng).lower()])
-    return f"{first_name(rng).lower()}.{rng.choice(LAST_NAMES).lower()}@{domain}.{rng.choice(['com', 'org', 'net'])}"
-
-
-def price(rng: Random) -> str:
-    return f"${rng.randint(1, 400)}" + (f".{rng.randint(0, 99):02d}" if rng.random() < 0.5 else "")
-
-
-def small(rng: Random) -> int:
-    return rng.randint(1, 12)
-
-
-def any_of(words: str) -> Callable[[Random], str]:
-    choices = words.split("|")
-    return lambda rng: rng.choice(choices)
 
 
 @dataclass(frozen=True)
@@ -272,7 +211,9 @@ def record_turns(rng: Random) -> list[Turn]:
     rec = record(rng)
     keys = list(rec.values)
     named = ", ".join(keys)
-    write, show = rng.choice([(as_json, "JSON"), (as_json, "JSON"), (as_lines, "notes"), (_sentence, "a list of values")])
+    write, show = rng.choice(
+        [(as_json, "JSON"), (as_json, "JSON"), (as_lines, "notes"), (_sentence, "a list of values")]
+    )
     shown = write(rec.values)
     ask = rng.choice([
         f"Write the {rec.title} as {show} with {named}.\n{rec.said}", f"{show}, please ({named}): {rec.said}",
@@ -287,10 +228,22 @@ def record_turns(rng: Random) -> list[Turn]:
         if kind == 0:
             fields = next(fields for title, _, fields in DOMAINS.values() if title == rec.title)
             rec.values[key] = new = fields[key].make(rng)
-            turns.append((rng.choice([f"Change the {key} to {spoken(new, rng)}.", f"Sorry, {key} should be {spoken(new, rng)}.",
-                                      f"The {key} is now {spoken(new, rng)}."]), write(rec.values)))
+            turns.append(
+                (
+                    rng.choice(
+                        [
+                            f"Change the {key} to {spoken(new, rng)}.",
+                            f"Sorry, {key} should be {spoken(new, rng)}.",
+                            f"The {key} is now {spoken(new, rng)}.",
+                        ]
+                    ),
+                    write(rec.values),
+                )
+            )
         elif kind == 1:
-            turns.append((rng.choice([rec.questions[key], f"What is the {key}?", f"Give me only the {key}."]), str(value)))
+            turns.append(
+                (rng.choice([rec.questions[key], f"What is the {key}?", f"Give me only the {key}."]), str(value))
+            )
         elif kind == 2:
             some = rng.sample(keys, rng.randint(1, len(keys)))
             turns.append((f"Only {', '.join(some)} as JSON.", as_json({name: rec.values[name] for name in some})))
@@ -308,14 +261,35 @@ def readback_turns(rng: Random) -> list[Turn]:
     """A customer speaks, the assistant reads back and confirms."""
     rec = record(rng)
     summary = ", ".join(f"{key} {value}" for key, value in rec.values.items())
-    turns = [(rec.said, rng.choice(["Let me read that back: {}. Is that right?", "I have {}. Is that correct?",
-                                    "Just to confirm: {}. Shall I go ahead?"]).format(summary))]
+    turns = [
+        (
+            rec.said,
+            rng.choice(
+                [
+                    "Let me read that back: {}. Is that right?",
+                    "I have {}. Is that correct?",
+                    "Just to confirm: {}. Shall I go ahead?",
+                ]
+            ).format(summary),
+        )
+    ]
     if rng.random() < 0.5:
-        turns.append((rng.choice(["Yes.", "Yes, that is right.", "Correct, thank you.", "Yes please."]),
-                      rng.choice(["Great, your {} is done.", "Thank you, the {} is confirmed.", "Done. Your {} is ready."]).format(rec.title)))
+        turns.append(
+            (
+                rng.choice(["Yes.", "Yes, that is right.", "Correct, thank you.", "Yes please."]),
+                rng.choice(
+                    ["Great, your {} is done.", "Thank you, the {} is confirmed.", "Done. Your {} is ready."]
+                ).format(rec.title),
+            )
+        )
     else:
         key = rng.choice(list(rec.values))
-        turns.append((rng.choice(["No, cancel it.", "No, leave it.", "Stop, I changed my mind."]), f"All right, the {rec.title} is cancelled."))
+        turns.append(
+            (
+                rng.choice(["No, cancel it.", "No, leave it.", "Stop, I changed my mind."]),
+                f"All right, the {rec.title} is cancelled.",
+            )
+        )
         turns.append((f"What was the {key} again?", f"The {key} was {rec.values[key]}."))
     return turns
 
@@ -325,7 +299,10 @@ _LINE_KEYS = [
     ("thing", "kind", "count", "notes"), ("item", "type", "quantity", "details"), ("article", "size", "amount", "extras"),
     ("product", "color", "number", "options"), ("name", "style", "pieces", "remarks"), ("what", "which", "how_many", "with"),
 ]  # fmt: skip
-_REMARKS = "gift wrap|spare parts|no label|extra box|a receipt|in a bag|a cover|name tag|new paint|long handle|no logo".split("|")
+_REMARKS = [
+    "gift wrap", "spare parts", "no label", "extra box", "a receipt", "in a bag", "a cover", "name tag", "new paint",
+    "long handle", "no logo",
+]  # fmt: skip
 _SIZES = ["small", "medium", "large", "tiny", "huge", "size S", "size M", "size L"]
 
 
@@ -354,7 +331,13 @@ def supply_turns(rng: Random) -> list[Turn]:
         top = rng.choice(["list", "things", "lines", "products", "goods"])
         person, time = rng.choice(["name", "for", "customer", "person"]), rng.choice(["time", "when", "ready", "at"])
         named = f"{top} ({', '.join(keys[at] for at in order)}), {person}, {time}"
-        asked = rng.choice([f"Write the list as JSON with {named}.\n{said}", f"{said}\nAs JSON, please: {named}.", f"JSON: {named}\nText: {said}"])
+        asked = rng.choice(
+            [
+                f"Write the list as JSON with {named}.\n{said}",
+                f"{said}\nAs JSON, please: {named}.",
+                f"JSON: {named}\nText: {said}",
+            ]
+        )
         answer = as_json({top: lines, person: who, time: when})
     else:
         asked = f"Make a list with one line for each thing.\n{said}"

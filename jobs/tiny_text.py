@@ -1,4 +1,6 @@
-"""Seeded synthetic conversations for pre-training the built-in model: copying, structure, short reasoning, small talk."""
+"""Seeded synthetic conversations for pre-training the built-in model: copying, structure, short sums, small talk."""
+
+# ruff: noqa: E501 — a table of phrasings reads better with one phrasing on a line
 
 from __future__ import annotations
 
@@ -6,23 +8,8 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
-from tiny_records import (
-    Turn,
-    as_json,
-    city,
-    clock,
-    code,
-    email,
-    first_name,
-    full_name,
-    invented,
-    phone,
-    plural,
-    readback_turns,
-    record_turns,
-    supply_turns,
-    with_article,
-)
+from tiny_records import Turn, as_json, readback_turns, record_turns, supply_turns
+from tiny_values import city, clock, code, email, first_name, full_name, invented, phone, plural, with_article
 from tiny_words import (
     ADJECTIVES,
     CAPITALS,
@@ -106,7 +93,14 @@ def copying(rng: Random) -> list[Turn]:
     ])()  # fmt: skip
     kind = rng.randrange(6)
     if kind == 0:
-        return [(rng.choice(["Repeat: {}", "Say this again: {}", "Copy this text.\n{}", "Read it back to me: {}"]).format(text), text)]
+        return [
+            (
+                rng.choice(
+                    ["Repeat: {}", "Say this again: {}", "Copy this text.\n{}", "Read it back to me: {}"]
+                ).format(text),
+                text,
+            )
+        ]
     if kind == 1:
         times = rng.randint(2, 3)
         return [(f"Repeat {NUMBER_WORDS[times]} times: {text}", "\n".join([text] * times))]
@@ -116,7 +110,12 @@ def copying(rng: Random) -> list[Turn]:
         return [(f"Write in capital letters: {text}", text.upper())] if len(text) < 30 else [(f"Repeat: {text}", text)]
     if kind == 4:
         key = rng.choice(["code", "note", "message", "title", "word", "answer", "label"])
-        return [(rng.choice([f"The {key} is {text}. Write it as JSON.", f"JSON with the key {key}: {text}"]), as_json({key: text}))]
+        return [
+            (
+                rng.choice([f"The {key} is {text}. Write it as JSON.", f"JSON with the key {key}: {text}"]),
+                as_json({key: text}),
+            )
+        ]
     return [(f"Remember this: {text}", "I will remember it."), ("What did I say?", text)]
 
 
@@ -131,7 +130,7 @@ def _statement(rng: Random) -> _Statement:
     who, other, place = full_name(rng), first_name(rng), city(rng)
     color, thing, adjective = rng.choice(COLORS), rng.choice(THINGS), rng.choice(ADJECTIVES)
     day, when, count = rng.choice(DAYS), clock(rng), rng.randint(2, 20)
-    year, (base, past) = rng.randint(1800, 2024), rng.choice(PAST)
+    year, (_, past) = rng.randint(1800, 2024), rng.choice(PAST)
     return rng.choice([
         lambda: _Statement(f"{who} bought {with_article(color)} {thing} in {place}.", [
             ("Who bought it?", who), ("What was bought?", f"{with_article(color).capitalize()} {thing}."), ("Where was it bought?", place),
@@ -158,7 +157,10 @@ def reading(rng: Random) -> list[Turn]:
     asks = rng.sample(target.asks, rng.randint(1, len(target.asks))) if len(statements) == 1 else []
     text = " ".join(statement.text for statement in statements)
     if not asks:
-        return [(f"{text}\nHow many sentences are there?", str(len(statements))), ("Repeat the first one.", statements[0].text)]
+        return [
+            (f"{text}\nHow many sentences are there?", str(len(statements))),
+            ("Repeat the first one.", statements[0].text),
+        ]
     ask = rng.choice([f"{text}\n{asks[0][0]}", f"Read: {text} {asks[0][0]}", f"{asks[0][0]}\n\n{text}"])
     return [(ask, asks[0][1]), *asks[1:]]
 
@@ -177,11 +179,19 @@ def words(rng: Random) -> list[Turn]:
         return [(f"What is the past tense of {base}?", past)]
     if kind == 3:
         country, capital = rng.choice(CAPITALS)
-        return [(rng.choice([f"What is the capital of {country}?", f"Capital of {country}?"]), f"The capital of {country} is {capital}.")]
+        return [
+            (
+                rng.choice([f"What is the capital of {country}?", f"Capital of {country}?"]),
+                f"The capital of {country} is {capital}.",
+            )
+        ]
     if kind == 4:
         group = rng.choice(sorted(GROUPS))
         thing = rng.choice(GROUPS[group])
-        return [(f"Which group does {thing} belong to?", group), (f"Name another from {group}.", rng.choice([x for x in GROUPS[group] if x != thing]))]
+        return [
+            (f"Which group does {thing} belong to?", group),
+            (f"Name another from {group}.", rng.choice([x for x in GROUPS[group] if x != thing])),
+        ]
     if kind == 5:
         word = rng.choice([*THINGS, *COLORS]) if rng.random() < 0.7 else invented(rng).lower()
         return [(f"Spell {word}.", "-".join(word)), ("How many letters is that?", str(len(word)))]
@@ -196,7 +206,15 @@ def words(rng: Random) -> list[Turn]:
         at = rng.randrange(len(names))
         return [(f"What comes after {names[at]}?", names[(at + 1) % len(names)])]
     number = rng.randrange(len(NUMBER_WORDS))
-    return [(f"Write {number} as a word.", NUMBER_WORDS[number])] if rng.random() < 0.5 else [(f"Write {NUMBER_WORDS[number]} as a number.", str(number))]
+    return (
+        [(f"Write {number} as a word.", NUMBER_WORDS[number])]
+        if rng.random() < 0.5
+        else [(f"Write {NUMBER_WORDS[number]} as a number.", str(number))]
+    )
+
+
+_PRAISE = ["great", "lovely", "excellent", "perfect", "wonderful", "brilliant"]
+_BLAME = ["terrible", "awful", "poor", "useless", "broken", "horrible"]
 
 
 def labels(rng: Random) -> list[Turn]:
@@ -204,8 +222,15 @@ def labels(rng: Random) -> list[Turn]:
     thing, who = rng.choice(THINGS), first_name(rng)
     if rng.random() < 0.5:
         good = rng.random() < 0.5
-        word = rng.choice("great lovely excellent perfect wonderful brilliant".split() if good else "terrible awful poor useless broken horrible".split())
-        text = rng.choice([f"The {thing} is {word}.", f"{who} says the {thing} was {word}.", f"What {with_article(word)} {thing}!", f"I found the {thing} {word}."])
+        word = rng.choice(_PRAISE if good else _BLAME)
+        text = rng.choice(
+            [
+                f"The {thing} is {word}.",
+                f"{who} says the {thing} was {word}.",
+                f"What {with_article(word)} {thing}!",
+                f"I found the {thing} {word}.",
+            ]
+        )
         return [(f"Is this positive or negative? {text}", "positive" if good else "negative")]
     about = {
         "travel": [f"I want to go to {city(rng)}.", f"When does the train to {city(rng)} leave?"],
@@ -215,7 +240,14 @@ def labels(rng: Random) -> list[Turn]:
         "greeting": [f"Hello, I am {who}.", f"Good evening, {who} here."],
     }
     label = rng.choice(sorted(about))
-    return [(rng.choice(["What is this about: {}?\n{}", "Choose a label from {}.\n{}"]).format(", ".join(about), rng.choice(about[label])), label)]
+    return [
+        (
+            rng.choice(["What is this about: {}?\n{}", "Choose a label from {}.\n{}"]).format(
+                ", ".join(about), rng.choice(about[label])
+            ),
+            label,
+        )
+    ]
 
 
 def small_talk(rng: Random) -> list[Turn]:
@@ -235,16 +267,52 @@ def small_talk(rng: Random) -> list[Turn]:
 def story(rng: Random) -> list[Turn]:
     who, friend, place = first_name(rng), first_name(rng), city(rng)
     thing, adjective, color = rng.choice(THINGS), rng.choice(ADJECTIVES), rng.choice(COLORS)
-    begin = rng.choice([f"{who} lived in {place} and loved the {thing}.", f"One {rng.choice(DAYS)}, {who} found {with_article(color)} {thing} in {place}.",
-                        f"In {place} there was {with_article(adjective)} {thing} that belonged to {who}."])
-    middle = rng.choice([f"{friend} came by and asked for the {thing}.", f"But the {thing} was {adjective} and nobody could use it.",
-                         f"Then {friend} lost it on the way home.", f"{who} showed it to {friend}, who had never seen one so {adjective}."])
-    end = rng.choice([f"In the end, {who} and {friend} shared the {thing}.", f"At last {friend} helped {who} to repair it.",
-                      f"So {who} gave the {thing} to {friend} and they became friends.", f"From then on, {who} kept the {thing} at home."])
-    turns = [(rng.choice(["Tell a short story about {} and {}.", "Write three sentences about {} and {}."]).format(who, with_article(thing)), f"{begin} {middle} {end}")]
+    begin = rng.choice(
+        [
+            f"{who} lived in {place} and loved the {thing}.",
+            f"One {rng.choice(DAYS)}, {who} found {with_article(color)} {thing} in {place}.",
+            f"In {place} there was {with_article(adjective)} {thing} that belonged to {who}.",
+        ]
+    )
+    middle = rng.choice(
+        [
+            f"{friend} came by and asked for the {thing}.",
+            f"But the {thing} was {adjective} and nobody could use it.",
+            f"Then {friend} lost it on the way home.",
+            f"{who} showed it to {friend}, who had never seen one so {adjective}.",
+        ]
+    )
+    end = rng.choice(
+        [
+            f"In the end, {who} and {friend} shared the {thing}.",
+            f"At last {friend} helped {who} to repair it.",
+            f"So {who} gave the {thing} to {friend} and they became friends.",
+            f"From then on, {who} kept the {thing} at home.",
+        ]
+    )
+    turns = [
+        (
+            rng.choice(["Tell a short story about {} and {}.", "Write three sentences about {} and {}."]).format(
+                who, with_article(thing)
+            ),
+            f"{begin} {middle} {end}",
+        )
+    ]
     if rng.random() < 0.5:
-        turns.append(rng.choice([("Who is in the story?", f"{who} and {friend}."), (f"Where does {who} live?" if "lived" in begin else "Where is it?", place),
-                                 ("Give it a title.", f"{who} and the {adjective} {thing}" if adjective in begin + middle else f"{who} and the {thing}")]))
+        turns.append(
+            rng.choice(
+                [
+                    ("Who is in the story?", f"{who} and {friend}."),
+                    (f"Where does {who} live?" if "lived" in begin else "Where is it?", place),
+                    (
+                        "Give it a title.",
+                        f"{who} and the {adjective} {thing}"
+                        if adjective in begin + middle
+                        else f"{who} and the {thing}",
+                    ),
+                ]
+            )
+        )
     return turns
 
 

@@ -40,12 +40,13 @@ MENU = [  # things, what goes with them, sizes
     (PLATES, PLATE_EXTRAS, SIZES[::2]),
 ]
 
-NAMES = """
+_NAMES = """
 Alice Amir Ana Anna Ben Bruno Carla Chloe Clara Dana Daniel David Diego Elena Elias Emma Erik Eva Felix Fiona Grace
 Hana Hannah Harry Hugo Ida Iris Ivan Jack Jana Jonas Julia Karim Karen Lara Laura Leo Lena Liam Linda Lucas Lucy Luis
 Maria Marco Martin Maya Mia Mila Mina Nadia Nina Noah Nora Olga Oliver Omar Oscar Paula Peter Petra Priya Rafael Raj
 Rosa Ruby Ruth Ryan Sam Sara Simon Sofia Stella Susan Tara Theo Thomas Tim Tina Victor Walter Yara Yusuf Zoe
-""".split()
+"""
+NAMES = _NAMES.split()
 
 COUNTS = ["", "one", "two", "three", "four", "five", "six"]
 HOURS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
@@ -106,7 +107,7 @@ def _item(rng: Random, things: list[str], extras: list[str], sizes: list[str]) -
     wanted = rng.sample(extras, rng.choice([0, 0, 0, 1, 1, 1, 2]))
     named = thing if count == 1 else _plural(thing)
     sized = f"{size} {named}" if size else named
-    counted = (rng.choice(["one", "a", "1"]) if count == 1 else rng.choice([COUNTS[count], COUNTS[count], str(count)]))
+    counted = rng.choice(["one", "a", "1"]) if count == 1 else rng.choice([COUNTS[count], COUNTS[count], str(count)])
     said = f"{counted} {sized}"
     if counted == "a" and said[2] in "aeio":
         said = f"an {sized}"
