@@ -266,7 +266,7 @@ def _check_gate(version: Version, force: bool) -> None:
     gate = version.card.get("gate") or {}
     if gate.get("passed") is not False or force:
         return
-    rules = [rule for rule in gate.get("results", []) if isinstance(rule, dict) and not rule.get("passed", True)]
+    rules = [rule for rule in gate.get("rules", []) if isinstance(rule, dict) and not rule.get("passed", True)]
     failed = "; ".join(f"{rule.get('rule')} (it is {rule.get('value')})" for rule in rules)
     raise RegistryError(
         f"{version.id} did not pass its gate{': ' + failed if failed else ''}; train further, or promote with --force"
