@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "ftray needs Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "setup: installing ftray and its dependencies into .venv; torch and Ray are large, so this takes minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 	@echo "setup: done"
 

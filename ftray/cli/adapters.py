@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ from ftray.cli import show as shown
 from ftray.errors import RegistryError
 
 if TYPE_CHECKING:
+    from ftray.config.schema import Model
     from ftray.store.registry import Registry, Version
 
 
@@ -49,45 +53,69 @@ def show(arguments: argparse.Namespace) -> int:
         print(shown.as_json({"id": version.id, "digest": version.digest, "aliases": aliases, "card": version.card}))
         return 0
     about = {"version": version.id, "alias": _aliases(aliases), **_about(version), "digest": version.digest}
-    about |= {"created": shown.when(version.created), "folder": f"{arguments.storage}/{version.key}"}
+    about |= {"created": shown.when(version.created), "folder": registry.storage.uri(version.key)}
     print(f"{shown.pairs(about)}\n\ncard\n{dump(version.card)}", end="")
     return 0
 
 
 def promote(arguments: argparse.Namespace) -> int:
-    registry = _registry(arguments)
-    version = registry.resolve(arguments.ref)
-    registry.promote(version.id, arguments.alias, force=arguments.force)
-    print(f"{version.name}@{arguments.alias} is now {version.id}")
+    name = arguments.ref.partition("@")[0]
+    state = _registry(arguments).promote(arguments.ref, arguments.alias, force=arguments.force)
+    print(f"{name}@{arguments.alias} is now {name}@v{state.main}")
     return 0
 
 
 def rollback(arguments: argparse.Namespace) -> int:
+    state = _registry(arguments).rollback(arguments.name, arguments.alias)
+    print(f"{arguments.name}@{arguments.alias} is back at {_targets(arguments.name, state.targets)}")
+    return 0
+
+
+def unalias(arguments: argparse.Namespace) -> int:
     registry = _registry(arguments)
-    registry.rollback(arguments.name, arguments.alias)
-    print(f"{arguments.name}@{arguments.alias} is back at {registry.resolve(f'{arguments.name}@{arguments.alias}').id}")
+    state = registry.aliases(arguments.name).get(arguments.alias)
+    if state is None:
+        known = ", ".join(registry.aliases(arguments.name)) or "none"
+        raise RegistryError(f"{arguments.name} has no alias {arguments.alias!r}; its aliases: {known}")
+    registry.drop_alias(arguments.name, arguments.alias)
+    print(f"{arguments.name}@{arguments.alias} is gone; it was {_targets(arguments.name, state.targets)}")
     return 0
 
 
 def merge(arguments: argparse.Namespace) -> int:
-    raise SystemExit(0)
+    with _fetched(arguments) as (version, folder, out):
+        import torch
+
+        from ftray.models.load import load_config
+        from ftray.models.merge import merge as write
+
+        model = _base(version, arguments.base)
+        named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        dtype = named.get(arguments.dtype) or load_config(model).dtype or torch.bfloat16
+        write(model, folder, out, dtype)
+        print(f"{version.id} merged into {model.base}: {out}")
+    return 0
 
 
 def export(arguments: argparse.Namespace) -> int:
-    raise SystemExit(0)
+    with _fetched(arguments) as (version, folder, out):
+        from ftray.models.merge import export as write
+
+        write(_base(version, arguments.base), folder, out)
+        print(f"{version.id} exported: {out}")
+    return 0
 
 
 def delete(arguments: argparse.Namespace) -> int:
-    registry = _registry(arguments)
-    version = registry.resolve(arguments.ref)
+    ref = arguments.ref
     if not arguments.yes:
         if not sys.stdin.isatty():
-            raise RegistryError(f"{version.id} would be deleted for good; say --yes")
-        if input(f"Delete {version.id} for good? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise RegistryError(f"{ref} would be deleted for good; say --yes")
+        if input(f"Delete {ref} for good? [y/N] ").strip().lower() not in ("y", "yes"):
             print("Nothing deleted.")
             return 0
-    registry.delete(version.id)
-    print(f"{version.id} deleted; its number is not used again")
+    _registry(arguments).delete(ref)
+    print(f"{ref} deleted; its number is not used again")
     return 0
 
 
@@ -100,9 +128,9 @@ def _registry(arguments: argparse.Namespace) -> Registry:
 
 def _about(version: Version) -> dict[str, Any]:
     card = version.card
-    passed = (card.get("gate") or {}).get("passed")
+    passed, method = (card.get("gate") or {}).get("passed"), card.get("method")
     return {
-        "method": card.get("method"),
+        "method": method.get("kind") if isinstance(method, dict) else method,
         "base": card.get("base"),
         "servability": card.get("servability"),
         "gate": None if passed is None else "passed" if passed else "failed",
@@ -113,8 +141,34 @@ def _aliases(targets: dict[str, float]) -> str | None:
     return ", ".join(alias if weight == 1 else f"{alias} {weight:.0%}" for alias, weight in targets.items()) or None
 
 
-def _new_folder(path: str) -> Path:
-    out = Path(path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RegistryError(f"{out} is not empty; name a new folder with --out")
-    return out
+def _targets(name: str, targets: Mapping[int, float]) -> str:
+    parts = [f"{name}@v{number}" + ("" if weight == 1 else f" {weight:.0%}") for number, weight in targets.items()]
+    return ", ".join(parts)
+
+
+@contextmanager
+def _fetched(arguments: argparse.Namespace) -> Iterator[tuple[Version, Path, Path]]:
+    """The version, its files in a local folder, and the new folder to write. Loads no torch before all is known."""
+    out = Path(arguments.out)
+    if out.exists():
+        raise RegistryError(f"{out} exists; name a new folder with --out")
+    registry = _registry(arguments)
+    version = registry.resolve(arguments.ref)
+    with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
+        yield version, registry.fetch(version, Path(scratch) / "version"), out
+
+
+def _base(version: Version, named: str | None) -> Model:
+    """The base that the card names, or the one given with --base; it must be the one that was trained on."""
+    from ftray.config.schema import Model
+    from ftray.models.load import fingerprint
+
+    card = version.card
+    said = {key: card["model"][key] for key in ("revision", "trust_remote_code") if key in card.get("model", {})}
+    model = Model(**({"base": named} if named else {"base": card["base"], **said}))
+    expected = card.get("base_fingerprint")
+    if expected and fingerprint(model) != expected:
+        raise RegistryError(
+            f"{version.id} was trained on another base than {model.base!r} is now; name the right one with --base"
+        )
+    return model

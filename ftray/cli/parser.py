@@ -163,6 +163,8 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
         return command
 
     ref = "a version or alias: coffee-bot@v3, coffee-bot@prod; the bare name is @prod, or else the newest"
+    version = "a version by its number: coffee-bot@v3"
+    base = "the base, where it now lies elsewhere (default: as the card names it)"
     _json(add("list", adapters.list_, "every adapter, its versions and aliases", "ftray adapters list", None))
     _json(add("show", adapters.show, "a version's card", "ftray adapters show coffee-bot@v3", "ref", ref))
 
@@ -172,7 +174,7 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
         "point an alias at a version",
         "ftray adapters promote coffee-bot@v3\nftray adapters promote coffee-bot@v4 --alias canary",
         "ref",
-        ref,
+        "a version: coffee-bot@v3; the bare name is its newest",
     )
     command.add_argument("--alias", default="prod", help="default: prod")
     command.add_argument("--force", action="store_true", help="although the version failed its gate")
@@ -186,6 +188,16 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
         "the adapter's name",
     )
     command.add_argument("--alias", default="prod", help="default: prod")
+
+    command = add(
+        "unalias",
+        adapters.unalias,
+        "remove an alias; the versions stay",
+        "ftray adapters unalias coffee-bot --alias canary",
+        "name",
+        "the adapter's name",
+    )
+    command.add_argument("--alias", required=True, help="the alias")
 
     command = add(
         "merge",
@@ -209,6 +221,7 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
         ref,
     )
     command.add_argument("--out", required=True, metavar="FOLDER", help="new folder")
+    command.add_argument("--base", help=base)
 
     command = add(
         "delete",
@@ -216,7 +229,7 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
         "delete a version for good; its number is never used again",
         "ftray adapters delete coffee-bot@v1 --yes",
         "ref",
-        ref,
+        version,
     )
     command.add_argument("--yes", action="store_true", help="do not ask")
 

@@ -34,7 +34,9 @@ def init(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(str(out), [("", f"cannot be written: {error.strerror}; choose another with --out")]) from None
     print(f"{out} written. Next: `ftray check {shlex.quote(str(out))}`")
-    missing = [path for path in data if "://" not in path and not Path(path).exists()]
+    missing = [
+        path for path in data if "://" not in path and not path.startswith("builtin:") and not Path(path).exists()
+    ]
     if missing:
         print(f"Not there yet: {', '.join(missing)}")
     return 0

@@ -12,7 +12,10 @@ import pytest
 from ftray.cli import main, parser
 from ftray.config.load import load_run
 
-GROUPS = {"runs": ("list", "show"), "adapters": ("list", "show", "promote", "rollback", "merge", "export", "delete")}
+GROUPS = {
+    "runs": ("list", "show"),
+    "adapters": ("list", "show", "promote", "rollback", "unalias", "merge", "export", "delete"),
+}
 COMMANDS = [
     ["init"],
     ["check"],

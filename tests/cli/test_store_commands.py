@@ -70,3 +70,84 @@ def test_an_unknown_run_is_told_its_near_name(root, capsys):
     assert main(["runs", "show", "cofee"]) == 2
     assert "no run 'cofee'" in (shown := capsys.readouterr().err)
     assert "did you mean 'coffee'?" in shown
+
+
+def publish(root: Path, folder: Path, *, passed: bool = True, publication: str = "run-1") -> str:
+    """A rank-1 LoRA of one 4x4 layer, as a run publishes it."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from ftray.store.registry import Registry
+
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "builtin:tiny"}))
+    at = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{at}.lora_A.weight": np.ones((1, 4), np.float32), f"{at}.lora_B.weight": np.ones((4, 1), np.float32)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    card = {"base": "builtin:tiny", "method": {"kind": "lora", "rank": 1}, "servability": "adapter"}
+    gate = {"passed": passed, "rules": [{"rule": "loss < base", "passed": passed}]}
+    return Registry(Storage(str(root))).publish("coffee", folder, {**card, "gate": gate}, publication).id
+
+
+def test_adapters_are_listed_shown_promoted_and_rolled_back(root, tmp_path, capsys):
+    assert main(["adapters", "list"]) == 0
+    assert "No adapters under" in capsys.readouterr().out
+    for number in ("1", "2"):
+        publish(root, tmp_path / number, publication=number)
+        assert main(["adapters", "promote", "coffee"]) == 0
+        assert capsys.readouterr().out == f"coffee@prod is now coffee@v{number}\n"
+
+    assert main(["adapters", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["version", "alias", "method", "base", "gate", "created"]
+    assert lines[1].split()[:5] == ["coffee@v1", "–", "lora", "builtin:tiny", "passed"]
+    assert lines[2].split()[:5] == ["coffee@v2", "prod", "lora", "builtin:tiny", "passed"]
+    assert main(["adapters", "list", "--json"]) == 0
+    assert [row["aliases"] for row in json.loads(capsys.readouterr().out)] == [{}, {"prod": 1.0}]
+
+    assert main(["adapters", "rollback", "coffee"]) == 0
+    assert capsys.readouterr().out == "coffee@prod is back at coffee@v1\n"
+    assert main(["adapters", "show", "coffee"]) == 0
+    shown = capsys.readouterr().out
+    assert "coffee@v1" in shown.splitlines()[0]
+    assert "rank: 1" in shown
+    assert main(["adapters", "show", "coffee@v2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card"]["servability"] == "adapter"
+
+    assert main(["adapters", "unalias", "coffee", "--alias", "prod"]) == 0
+    assert capsys.readouterr().out == "coffee@prod is gone; it was coffee@v1\n"
+    assert main(["adapters", "unalias", "coffee", "--alias", "prod"]) == 2
+
+
+def test_a_version_that_failed_its_gate_is_promoted_only_by_force(root, tmp_path, capsys):
+    publish(root, tmp_path / "a", passed=False)
+    assert main(["adapters", "promote", "coffee@v1"]) == 2
+    assert "coffee@v1 did not pass its gate: loss < base" in capsys.readouterr().err
+    assert main(["adapters", "promote", "coffee@v1", "--force"]) == 0
+
+
+def test_deleting_asks_and_is_refused_while_an_alias_points_there(root, tmp_path, capsys):
+    publish(root, tmp_path / "a")
+    main(["adapters", "promote", "coffee@v1", "--alias", "canary"])
+    assert main(["adapters", "delete", "coffee@v1"]) == 2  # no terminal to ask at
+    assert "say --yes" in capsys.readouterr().err
+    assert main(["adapters", "delete", "coffee@v1", "--yes"]) == 2
+    assert "coffee@v1 is coffee@canary" in capsys.readouterr().err
+    main(["adapters", "unalias", "coffee", "--alias", "canary"])
+    assert main(["adapters", "delete", "coffee@v1", "--yes"]) == 0
+    assert main(["adapters", "show", "coffee"]) == 2
+
+
+@pytest.mark.parametrize("command", ["show", "promote", "delete --yes", "merge --out x", "export --out x"])
+def test_an_unknown_adapter_is_an_error_with_a_way_out(root, command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    verb, *rest = command.split()
+    assert main(["adapters", verb, "tea@v1", *rest]) == 2
+    assert "tea" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_root_that_cannot_be_read_is_an_error(capsys):
+    assert main(["adapters", "list", "--storage", "nosuch://bucket/a"]) == 2
+    assert "nosuch" in capsys.readouterr().err
