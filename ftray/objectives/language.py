@@ -1,0 +1,121 @@
+"""Language modelling: the next token's negative log-likelihood, on the tokens a row trains. Serves sft and pretrain.
+
+Axes: B examples, T tokens of a packed row or of the longest example, N trained tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. Packed: one row holds all examples, `lengths` says where each ends. Padded: one row an example."""
+
+    input_ids: torch.Tensor  # [1, T] packed, [B, T] padded
+    predicts: torch.Tensor  # bool, like input_ids: the position's next token is trained
+    targets: torch.Tensor  # [N] the tokens to predict, in the order of `predicts`
+    position_ids: torch.Tensor | None  # packed: restart at every example
+    attention_mask: torch.Tensor | None  # padded: 1 for real tokens
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...]  # indices into the token store, to name rows in errors
+
+
+def pack(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Sequence[int]) -> Batch:
+    """Lay examples one after the other in one row; positions restart, so nothing is spent on padding."""
+    lengths = [len(x) for x in ids]
+    return Batch(
+        input_ids=_long(np.concatenate(ids))[None],
+        predicts=torch.from_numpy(np.concatenate([_shift(t) for t in trained]))[None],
+        targets=_targets(ids, trained),
+        position_ids=_long(np.concatenate([np.arange(n) for n in lengths]))[None],
+        attention_mask=None,
+        lengths=tuple(lengths),
+        rows=tuple(int(r) for r in rows),
+    )
+
+
+def pad(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Sequence[int], *, pad_id: int) -> Batch:
+    """One example a row, padded on the right to the longest."""
+    lengths = [len(x) for x in ids]
+    shape = (len(ids), max(lengths))
+    input_ids, mask, predicts = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+    for b, (x, t) in enumerate(zip(ids, trained, strict=True)):
+        input_ids[b, : len(x)], mask[b, : len(x)], predicts[b, : len(x)] = x, 1, _shift(t)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        predicts=torch.from_numpy(predicts),
+        targets=_targets(ids, trained),
+        position_ids=None,
+        attention_mask=torch.from_numpy(mask),
+        lengths=tuple(lengths),
+        rows=tuple(int(r) for r in rows),
+    )
+
+
+def trained_logits(model, batch: Batch) -> torch.Tensor:
+    """Logits [N, V] at the positions whose next token is trained; the others are never computed."""
+    device = next(model.parameters()).device
+    packed = {}
+    if batch.attention_mask is None:
+        ends = torch.tensor([0, *np.cumsum(batch.lengths)], dtype=torch.int32, device=device)
+        longest = max(batch.lengths)
+        packed = {
+            "position_ids": batch.position_ids.to(device),
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    predicts = batch.predicts.to(device)
+    output = model(
+        input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False, logits_to_keep=predicts, **packed
+    )
+    return output.logits
+
+
+def loss_sum(model, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Summed negative log-likelihood of the trained tokens, in nats, fp32: -sum_n log p(target_n | what came before).
+
+    A sum, not a mean: the caller divides by the trained tokens of the whole window over all workers.
+    """
+    logits_NV = trained_logits(model, batch).float()
+    targets_N = batch.targets.to(logits_NV.device)
+    return F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What evaluation adds up: nats and right guesses over trained tokens."""
+
+    nats: float = 0.0
+    correct: int = 0
+    tokens: int = 0
+
+
+@torch.no_grad()
+def tally(model, batch: Batch) -> Tally:
+    """Nats, greedy hits and trained tokens of one micro-batch."""
+    logits_NV = trained_logits(model, batch).float()
+    targets_N = batch.targets.to(logits_NV.device)
+    nats = F.cross_entropy(logits_NV, targets_N, reduction="sum").item()
+    return Tally(nats, int((logits_NV.argmax(-1) == targets_N).sum()), len(targets_N))
+
+
+def _shift(trained: np.ndarray) -> np.ndarray:
+    """Position t predicts t + 1: move the mask one to the left; an example's last position predicts nothing."""
+    return np.append(np.asarray(trained[1:], bool), False)
+
+
+def _targets(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> torch.Tensor:
+    return _long(np.concatenate([x[1:][np.asarray(t[1:], bool)] for x, t in zip(ids, trained, strict=True)]))
+
+
+def _long(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64))
