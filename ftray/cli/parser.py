@@ -208,6 +208,7 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
         ref,
     )
     command.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
+    command.add_argument("--base", help=base)
     command.add_argument(
         "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: the base's own"
     )
