@@ -1,13 +1,14 @@
 """One chunk of examples to token ids: the part of preparation that runs on many CPUs at once.
 
-An `Encoder` and its chunks pickle, so a chunk can be encoded anywhere; results are arrays, joined end to end.
+An `Encoder` and its chunks pickle, so a chunk can be encoded anywhere; what comes back is arrays and places, not text.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,20 +18,31 @@ from ftray.data.render import Piece, Renderer
 from ftray.errors import DataError
 
 
-class Item(NamedTuple):
-    """An example and where it came from. `source` counts the run's sources, then its held-out sources."""
+class Place(NamedTuple):
+    """Where an example came from. `source` counts the run's sources, then its held-out sources."""
 
     source: int
     file: str
     line: int
+
+
+class Item(NamedTuple):
+    source: int
+    file: str
+    line: int
     example: Example
+
+    @property
+    def place(self) -> Place:
+        return Place(*self[:3])
 
 
 @dataclass
 class Chunk:
     """Examples that are encoded together; `held_out`: they are for evaluation.
 
-    `shots`: source -> conversations shown before each prompt of that source, with the line each was taken from.
+    `shots`: source -> training examples shown before each prompt of that source, one more than are shown, so that an
+    example is never shown itself.
     """
 
     held_out: bool
@@ -38,33 +50,28 @@ class Chunk:
     shots: dict[int, list[Item]] = field(default_factory=dict)
 
 
-class Question(NamedTuple):
-    """A held-out prompt, generation prompt included, and the answer that is expected of it."""
+@dataclass
+class Asked:
+    """A held-out prompt, generation prompt included, and the answer expected of it."""
 
-    prompt_ids: list[int]
+    place: Place
+    ids: list[int]
     answer: str
-    row: str
-    task: str
 
 
 @dataclass
 class Encoded:
-    """Encoded examples: ids and trained of all examples joined, cut by lengths; `items` says which item each is of."""
+    """Encoded examples: ids (uint32) and trained (bool) of all of them joined, cut by lengths; one place each."""
 
-    chunk: Chunk
-    ids: np.ndarray
-    trained: np.ndarray
-    lengths: np.ndarray
-    items: list[int]
-    dropped: list[tuple[int, Unusable]] = field(default_factory=list)
-    truncated: Counter[int] = field(default_factory=Counter)
-    questions: list[tuple[int, list[int], str]] = field(default_factory=list)
-    questions_too_long: int = 0
-
-
-class Tokens(NamedTuple):
-    ids: np.ndarray
-    trained: np.ndarray
+    held_out: bool
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
+    trained: np.ndarray = field(default_factory=lambda: np.zeros(0, np.bool_))
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    places: list[Place] = field(default_factory=list)
+    dropped: list[tuple[Place, Unusable]] = field(default_factory=list)
+    truncated: Counter[int] = field(default_factory=Counter)  # by source
+    asked: list[Asked] = field(default_factory=list)
+    asked_too_long: int = 0
 
 
 @dataclass
@@ -80,43 +87,38 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.renderer = Renderer(self.tokenizer, self.train_on)
-        self._encode = PieceEncoder(self.tokenizer)
-        self.bos = self.tokenizer.bos_token if _adds_bos(self.tokenizer) else None
+        self.encode = PieceEncoder(self.tokenizer)
+        self.bos = str(self.tokenizer.bos_token) if _adds_bos(self.tokenizer) else ""
         self.eos = self.tokenizer.eos_token
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        owners: list[int] = []
+        encoded = Encoded(chunk.held_out)
+        owners: list[Item] = []
         rendered: list[list[Piece]] = []
-        asked: list[tuple[int, str, str]] = []
-        dropped: list[tuple[int, Unusable]] = []
-        for number, item in enumerate(chunk.items):
+        prompts: list[tuple[Item, str, str]] = []
+        for item in chunk.items:
             try:
                 example = self._with_shots(item, chunk)
                 examples = self._pieces(example)
                 if chunk.held_out and self.objective == "sft" and (question := self._question(example)):
-                    asked.append((number, *question))
+                    prompts.append((item, *question))
             except Unusable as unusable:
-                dropped.append((number, unusable))
+                encoded.dropped.append((item.place, unusable))
                 continue
-            owners += [number] * len(examples)
+            owners += [item] * len(examples)
             rendered += examples
-        encoded = Encoded(chunk, *_EMPTY, np.zeros(0, np.int64), [], dropped)
         self._add_examples(encoded, owners, rendered)
-        for (number, _, answer), ids in zip(asked, self._encode([prompt for _, prompt, _ in asked]), strict=True):
-            if len(ids) < self.max_length:
-                encoded.questions.append((number, ids, answer))
-            else:
-                encoded.questions_too_long += 1
+        self._add_questions(encoded, prompts)
         return encoded
 
     def _pieces(self, example: Example) -> list[list[Piece]]:
         if not example.messages:
             text = example.text
-            opened = self.bos and not text.startswith(self.bos)
+            opened = text.startswith(self.bos)
             closed = self.eos is None or text.endswith(self.eos)
-            return [[Piece((self.bos if opened else "") + text, True, eos=not closed)]]
+            return [[Piece(text if opened else self.bos + text, True, eos=not closed)]]
         if self.objective == "pretrain":
-            return [[self.renderer.closed(self.renderer.whole(example))]]
+            return [[self.renderer.whole(example)]]
         return self.renderer.pieces(example)
 
     def _question(self, example: Example) -> tuple[str, str] | None:
@@ -128,110 +130,109 @@ class Encoder:
         example = item.example
         if not self.few_shot or not example.messages:
             return example
-        shots = [s for s in chunk.shots.get(item.source, ()) if (s.file, s.line) != (item.file, item.line)]
+        shots = [shot for shot in chunk.shots.get(item.source, ()) if shot.place != item.place][: self.few_shot]
+        shown = [{**m, "weight": 0} for shot in shots for m in shot.example.messages if m["role"] != "system"]
         head = 1 if example.messages[0]["role"] == "system" else 0
-        shown = [
-            {**m, "weight": 0} for s in shots[: self.few_shot] for m in s.example.messages if m["role"] != "system"
-        ]
         return Example(example.messages[:head] + shown + example.messages[head:], tools=example.tools)
 
-    def _add_examples(self, encoded: Encoded, owners: list[int], rendered: list[list[Piece]]) -> None:
-        eos_id = self.tokenizer.eos_token_id
-        flat = iter(
-            self._encode(
-                [p.text for pieces in rendered for p in pieces],
-                [n == 0 for pieces in rendered for n in range(len(pieces))],
-            )
-        )
-        parts: list[Tokens] = []
-        for number, pieces in zip(owners, rendered, strict=True):
-            ids: list[int] = []
-            trained: list[bool] = []
-            for piece in pieces:
-                more = next(flat)
-                if piece.eos and eos_id is not None:
-                    more = [*more, eos_id]
-                ids += more
-                trained += [piece.trained] * len(more)
-            fitting = self._fit(Tokens(np.array(ids, np.uint32), np.array(trained, np.bool_)), encoded, number)
-            parts += fitting
-            encoded.items += [number] * len(fitting)
-        if parts:
-            encoded.ids = np.concatenate([part.ids for part in parts])
-            encoded.trained = np.concatenate([part.trained for part in parts])
-            encoded.lengths = np.array([len(part.ids) for part in parts], np.int64)
+    def _add_examples(self, encoded: Encoded, owners: Sequence[Item], rendered: Sequence[list[Piece]]) -> None:
+        if not rendered:
+            return
+        flat = list(chain.from_iterable(rendered))
+        ids = self.encode([p.text for p in flat], [n == 0 for pieces in rendered for n in range(len(pieces))])
+        if self.tokenizer.eos_token_id is not None:
+            for piece, piece_ids in zip(flat, ids, strict=True):
+                if piece.eos:
+                    piece_ids.append(self.tokenizer.eos_token_id)
+        sizes = np.fromiter(map(len, ids), np.int64, len(ids))
+        joined = np.fromiter(chain.from_iterable(ids), np.uint32, int(sizes.sum()))
+        trained = np.repeat(np.fromiter((piece.trained for piece in flat), np.bool_, len(flat)), sizes)
+        starts = np.cumsum([0, *map(len, rendered)])
+        ends = np.concatenate([[0], np.cumsum(sizes)])[starts].tolist()
+        before = np.concatenate([[0], np.cumsum(trained)])
+        windows: list[tuple[int, int]] = []
+        lost: dict[Place, Unusable] = {}
+        for item, (start, end) in zip(owners, pairwise(ends), strict=True):
+            # the first token of a row is never predicted, so a trained flag there counts for nothing
+            kept = [(a, b) for a, b in self._fit(encoded, item, start, end) if before[b] > before[min(a + 1, b)]]
+            windows += kept
+            encoded.places += [item.place] * len(kept)
+            if not kept:
+                lost[item.place] = self._lost(end - start)
+        encoded.dropped += [(place, why) for place, why in lost.items() if place not in {*encoded.places}]
+        if windows:
+            encoded.ids = np.concatenate([joined[a:b] for a, b in windows])
+            encoded.trained = np.concatenate([trained[a:b] for a, b in windows])
+            encoded.lengths = np.array([b - a for a, b in windows], np.int64)
 
-    def _fit(self, tokens: Tokens, encoded: Encoded, number: int) -> list[Tokens]:
+    def _fit(self, encoded: Encoded, item: Item, start: int, end: int) -> list[tuple[int, int]]:
         """The example in at most max_length tokens: as it is, cut, in windows, or not at all."""
-        item = encoded.chunk.items[number]
-        limit, length = self.max_length, len(tokens.ids)
+        limit = self.max_length
+        if end - start <= limit:
+            return [(start, end)]
         mode = self.too_long
         if mode == "auto":
             mode = "truncate" if item.example.messages and self.objective == "sft" else "split"
-        parts = [tokens]
-        if length > limit:
-            if mode == "drop":
-                encoded.dropped.append(
-                    (number, Unusable("too long", f"{length} tokens, max_length {limit}", bad=False))
-                )
-                return []
-            starts = range(0, length, limit) if mode == "split" else range(1)
-            parts = [Tokens(tokens.ids[at : at + limit], tokens.trained[at : at + limit]) for at in starts]
-            encoded.truncated[item.source] += mode == "truncate"
-        # the first token of a row is never predicted, so a trained flag there counts for nothing
-        kept = [part for part in parts if part.trained[1:].any()]
-        if not kept:
-            reason = f"the prompt alone has max_length {limit} tokens or more" if length > limit else "no answer tokens"
-            encoded.dropped.append((number, Unusable("no trained tokens", reason, bad=False)))
-        return kept
+        if mode == "split":
+            return [(at, min(at + limit, end)) for at in range(start, end, limit)]
+        if mode == "drop":
+            return []
+        encoded.truncated[item.source] += 1
+        return [(start, start + limit)]
 
+    def _lost(self, length: int) -> Unusable:
+        """Why nothing is left of an example of so many tokens."""
+        if length <= self.max_length:
+            return Unusable("no trained tokens", "its answer is empty once rendered", bad=False)
+        if self.too_long == "drop":
+            return Unusable("longer than max_length", f"{length} tokens, max_length {self.max_length}", bad=False)
+        return Unusable("no trained tokens", f"the prompt alone fills max_length, {self.max_length} tokens", bad=False)
 
-_EMPTY = (np.zeros(0, np.uint32), np.zeros(0, np.bool_))
+    def _add_questions(self, encoded: Encoded, prompts: Sequence[tuple[Item, str, str]]) -> None:
+        kept = set(encoded.places)
+        prompts = [prompt for prompt in prompts if prompt[0].place in kept]
+        for (item, _, answer), ids in zip(prompts, self.encode([text for _, text, _ in prompts]), strict=True):
+            if len(ids) < self.max_length:
+                encoded.asked.append(Asked(item.place, ids, answer))
+            else:
+                encoded.asked_too_long += 1
 
 
 class PieceEncoder:
-    """Tokenises pieces of text without adding special tokens; a later piece of a row is encoded as a continuation."""
+    """Tokenises pieces of text without adding special tokens; a piece that is not a row's first, as a continuation."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; the model needs a tokenizer.json")
         self.backend = backend
         # SentencePiece-like tokenizers put a space before whatever they are given; after a line break they do not
-        self.lead = [] if self._raw(["a"])[0] == self._raw(["ba"])[0][1:] or self._joins() else self._raw(["\n"])[0]
+        self._lead = [] if self._joins(tokenizer) else self._ids(["\n"])[0]
 
     def __call__(self, texts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
-        if first is None or not self.lead:
-            return self._raw(texts)
-        led = self._raw([text if start else "\n" + text for text, start in zip(texts, first, strict=True)])
+        """Ids of each text; `first`: which texts begin a row, all of them unless said."""
+        if first is None or not self._lead:
+            return self._ids(texts)
+        led = self._ids([text if start else "\n" + text for text, start in zip(texts, first, strict=True)])
         return [
             ids if start else self._continued(text, ids) for text, start, ids in zip(texts, first, led, strict=True)
         ]
 
     def _continued(self, text: str, ids: list[int]) -> list[int]:
-        size = len(self.lead)
-        return ids[size:] if ids[:size] == self.lead else self._raw([text])[0]
+        size = len(self._lead)
+        return ids[size:] if ids[:size] == self._lead else self._ids([text])[0]
 
-    def _joins(self) -> bool:
+    def _joins(self, tokenizer: Any) -> bool:
         pieces = ["ab", "cd", " ef"]
-        ids = [i for part in self._raw(pieces) for i in part]
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "".join(pieces)
+        ids = list(chain.from_iterable(self._ids(pieces)))
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "".join(pieces)
 
-    def _raw(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        # many a tokenizer.json comes with truncation or padding switched on
+        self.backend.no_truncation()
+        self.backend.no_padding()
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def chunks_of(items: Iterable[Item], size: int) -> Iterable[list[Item]]:
-    chunk: list[Item] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

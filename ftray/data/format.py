@@ -34,6 +34,7 @@ PAIRS = (
     ("query", "response"), ("query", "answer"), ("question", "response"), ("input", "output"), ("input", "target"),
     ("source", "target"), ("prompt", "answer"), ("prompt", "output"),
 )  # fmt: skip
+TURNS = ("messages", "conversations", "conversation")  # columns that hold a conversation
 # columns that may stand beside `text` without making its meaning doubtful
 BESIDE_TEXT = {
     "id",
@@ -53,7 +54,7 @@ BESIDE_TEXT = {
 
 
 class Unusable(Exception):
-    """A row that is not used. `kind` is what the report counts; `detail` says more; `bad`: `strict` makes it an error."""
+    """A row that is not used. `kind` is what the report counts; `detail` says more; `bad`: an error under `strict`."""
 
     def __init__(self, kind: str, detail: str = "", *, bad: bool = True):
         super().__init__(kind, detail)
@@ -142,18 +143,18 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
             raise DataError(
                 f"{where}no column '{theirs}' (data.sources columns: {ours}){_near(theirs, names)}; {_have(names)}"
             )
-    ours = {name: name for name in names} | columns
-    kind = source.format if source.format != "auto" else _kind(rows, ours, columns, objective)
+    known = {name: name for name in names} | columns
+    kind = source.format if source.format != "auto" else _kind(rows, known, columns, objective)
     if kind is None:
         raise DataError(
             f"{where}cannot tell how its rows are laid out; {_have(names)}. Name them, e.g. "
             "columns: {prompt: <column>, completion: <column>}, or set format"
         )
-    used = _used(kind, ours, columns, rows)
+    used = _used(kind, known, columns)
     if used is None:
         raise DataError(f"{where}format {kind} needs {NEEDS[kind]}; {_have(names)}. Map them with columns")
     if template:
-        used |= _template_columns(template, ours, names, where)
+        used |= _template_columns(template, known, names, where)
         if kind in ("messages", "sharegpt"):
             raise DataError(f"{where}data.template fills a prompt, but its rows are {kind}; leave the template out")
     unused = tuple(name for name in names if name not in used.values())
@@ -170,54 +171,45 @@ NEEDS = {
 
 
 def _kind(
-    rows: Sequence[Mapping[str, Any]], ours: Mapping[str, str], mapped: Mapping[str, str], objective: str
+    rows: Sequence[Mapping[str, Any]], known: Mapping[str, str], mapped: Mapping[str, str], objective: str
 ) -> str | None:
-    for name in ("messages", "conversations", "conversation"):
-        turns = next((row[ours[name]] for row in rows if name in ours and row.get(ours[name])), None)
-        turns = _json(turns)
-        if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
-            return "sharegpt" if "from" in turns[0] else "messages"
     if "prompt" in mapped and "completion" in mapped:
         return "prompt_completion"
-    if "instruction" in ours and "output" in ours:
+    for name in TURNS:
+        turns = _json(next((row[known[name]] for row in rows if name in known and row.get(known[name])), None))
+        if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
+            return "sharegpt" if "from" in turns[0] else "messages"
+    if "instruction" in known and "output" in known:
         return "instruction"
-    if any(prompt in ours and answer in ours for prompt, answer in PAIRS):
+    if any(prompt in known and answer in known for prompt, answer in PAIRS):
         return "prompt_completion"
-    if "text" in ours and ("text" in mapped or objective == "pretrain" or {*ours} - {"text"} <= BESIDE_TEXT):
+    # beside other columns a text is often the prompt of a label, so only pre-training takes it for what is learnt
+    if "text" in known and ("text" in mapped or objective == "pretrain" or {*known} - {"text"} <= BESIDE_TEXT):
         return "text"
     return None
 
 
-def _used(
-    kind: str, ours: Mapping[str, str], mapped: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, str] | None:
+def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dict[str, str] | None:
     """Our name -> the file's, for the columns that a format reads; None when it lacks one."""
-    tools = {"tools": ours["tools"]} if "tools" in ours else {}
-    if kind in ("messages", "sharegpt"):
-        candidates = ("messages", "conversations", "conversation")
-        name = next((name for name in candidates if name in mapped), None) or next(
-            (n for n in candidates if n in ours), None
-        )
-        return {kind if kind == "messages" else "conversations": ours[name], **tools} if name else None
-    if kind == "prompt_completion":
-        pairs = [("prompt", "completion"), *PAIRS] if {"prompt", "completion"} & {*mapped} else PAIRS
-        for prompt, answer in pairs:
-            if prompt in ours and answer in ours:
-                return {"prompt": ours[prompt], "completion": ours[answer], **tools}
-        return None
-    if kind == "instruction":
-        if "instruction" not in ours or "output" not in ours:
-            return None
-        return {name: ours[name] for name in ("instruction", "input", "output") if name in ours}
-    return {"text": ours["text"]} if "text" in ours else None
+
+    def first(groups: Sequence[tuple[str, ...]], names: Sequence[str]) -> dict[str, str] | None:
+        ranked = sorted(groups, key=lambda group: -len({*group} & {*mapped}))
+        group = next((group for group in ranked if {*group} <= {*known}), None)
+        return {name: known[column] for name, column in zip(names, group, strict=True)} if group else None
+
+    used = {
+        "messages": lambda: first([(name,) for name in TURNS], ["messages"]),
+        "sharegpt": lambda: first([(name,) for name in TURNS], ["messages"]),
+        "prompt_completion": lambda: first(PAIRS, ["prompt", "completion"]),
+        "instruction": lambda: first([("instruction", "output")], ["instruction", "output"]),
+        "text": lambda: first([("text",)], ["text"]),
+    }[kind]()
+    optional = {"instruction": ("input", "tools"), "text": ()}.get(kind, ("tools",))
+    return used and used | {name: known[name] for name in optional if name in known}
 
 
 def _read_messages(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return read_turns(layout.value(row, "messages"))
-
-
-def _read_sharegpt(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return read_turns(layout.value(row, "conversations"))
 
 
 def _read_pair(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -246,7 +238,7 @@ READERS = {
     "messages": _read_messages,
     "prompt_completion": _read_pair,
     "instruction": _read_instruction,
-    "sharegpt": _read_sharegpt,
+    "sharegpt": _read_messages,
 }
 
 

@@ -30,6 +30,10 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# private-use characters that mark where an answer begins and ends in a trial rendering
+OPEN, CLOSE = "\ue000", "\ue001"
+
+Messages = list[dict[str, Any]]
 
 
 class Piece(NamedTuple):
@@ -41,11 +45,18 @@ class Piece(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """How one answer is asked for and given: prompt + answer is what the template renders up to the end of the turn."""
+    """How one answer is asked for and given; `closed`: a token of the template ends it."""
 
     prompt: str
     answer: str
     closed: bool
+
+
+class Frame(NamedTuple):
+    """What a template puts around the text of an answer that belongs to the answer, e.g. "" and "<|im_end|>"."""
+
+    lead: str
+    close: str
 
 
 @dataclass
@@ -59,81 +70,110 @@ class Renderer:
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
-        self.template: str = template or PLAIN_TEMPLATE
         if not template and not self.tokenizer.eos_token:
             raise DataError("the tokenizer has neither a chat template nor an EOS token; give the model one of them")
+        self.template: str = template or PLAIN_TEMPLATE
         self.marked = bool(MARKERS.search(self.template))
-        self._ends = _end_pattern(self.tokenizer)
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {*map(str, self.tokenizer.all_special_tokens), *(token.content for token in added if token.special)}
+        special -= {self.tokenizer.bos_token} - {self.tokenizer.eos_token}
+        self._special = _one_of(special)
+        self._closing = _one_of(special | {token.content for token in added} - {self.tokenizer.bos_token})
+        self._frames: dict[tuple, dict[int, Frame]] = {}
 
     def pieces(self, example: Example) -> list[list[Piece]]:
         """The training examples of a conversation, each a list of pieces. Raises Unusable."""
-        messages, trained = self._trained(example)
+        messages, tools = _plain(example.messages), example.tools
         if self.train_on == "all":
             return [self._everything(messages, example)]
+        answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = answers[-1:] if self.train_on == "last" else answers
+        trained = [k for k in answers if example.messages[k].get("weight", 1)]
         if not trained:
             raise Unusable("no message to train on", "every answer has weight 0", bad=False)
         messages = messages[: trained[-1] + 1]
-        if self.marked and (pieces := self._by_markers(messages, example, trained)):
+        if self.marked and (pieces := self._by_markers(messages, tools, trained)):
             return [pieces]
-        turns = {k: self._turn(messages, k, example) for k, m in enumerate(messages) if m["role"] == "assistant" and k}
-        trained = [k for k in trained if k in turns]
+        trained = [k for k in trained if k]
         if not trained:
             raise Unusable("no message to train on", "the only answer has nothing before it", bad=False)
-        whole = self._render(messages, example.tools)
-        return self._joined(whole, turns, trained) or [self._alone(turns[k]) for k in trained]
+        shape = (*map(_looks, messages), bool(tools), *trained)
+        if (frames := self._frames.get(shape)) and (pieces := self._by_frames(messages, tools, frames)):
+            return [pieces]
+        whole = self._render(messages, tools)
+        turns = {k: self._turn(messages, k, tools, whole) for k in trained}
+        joined = self._joined(whole, turns)
+        if not joined:
+            return [[Piece(t.prompt, False), Piece(t.answer, True, eos=not t.closed)] for t in turns.values()]
+        if found := _found_frames(messages, turns):
+            self._frames[shape] = found
+        return [joined]
 
     def prompt(self, example: Example) -> str:
         """What the model is asked for the last answer, generation prompt included. Raises Unusable."""
         return self._render(_plain(example.messages[: example.last_answer]), example.tools, asked=True)
 
-    def whole(self, example: Example) -> str:
-        """The whole conversation as text. Raises Unusable."""
-        return self._render(_plain(example.messages), example.tools)
+    def whole(self, example: Example) -> Piece:
+        """The whole conversation, trained. Raises Unusable."""
+        return self._closed(self._render(_plain(example.messages), example.tools))
 
-    def _trained(self, example: Example) -> tuple[list[dict[str, Any]], list[int]]:
-        """The messages without weights, and the numbers of those to train on."""
-        answers = [k for k, message in enumerate(example.messages) if message["role"] == "assistant"]
-        answers = answers[-1:] if self.train_on == "last" else answers
-        return _plain(example.messages), [k for k in answers if example.messages[k].get("weight", 1)]
-
-    def _everything(self, messages: list[dict[str, Any]], example: Example) -> list[Piece]:
+    def _everything(self, messages: Messages, example: Example) -> list[Piece]:
         whole = self._render(messages, example.tools)
         untrained = [k for k, m in enumerate(example.messages) if m.get("weight") == 0 and m["role"] == "assistant"]
         if not untrained:
-            return [self.closed(whole)]
-        turns = {k: self._turn(messages, k, example) for k in untrained if k}
-        joined = self._joined(whole, turns, list(turns))
+            return [self._closed(whole)]
+        turns = {k: self._turn(messages, k, example.tools, whole) for k in untrained if k}
+        joined = self._joined(whole, turns)
         if not joined:
-            raise Unusable("train_on: all cannot leave a message out", "the template rewrites earlier turns", bad=False)
-        return [Piece(piece.text, not piece.trained, piece.eos) for piece in joined[0]]
+            raise Unusable("no example with its answer left out", "the template rewrites earlier turns", bad=False)
+        rest = whole[sum(len(piece.text) for piece in joined) :]
+        pieces = [Piece(piece.text, not piece.trained) for piece in joined]
+        return [*pieces, self._closed(rest)] if rest.strip() else pieces
 
-    def _by_markers(
-        self, messages: list[dict[str, Any]], example: Example, trained: Sequence[int]
-    ) -> list[Piece] | None:
-        whole, spans = self._render_marked(messages, example.tools)
+    def _by_markers(self, messages: Messages, tools: Any, trained: Sequence[int]) -> list[Piece] | None:
+        """None where the markers do not stand around every answer, or an answer before the last has no end."""
+        texts, spans = self._jinja(messages, tools, return_assistant_tokens_mask=True)
         answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(spans) != len(answers):
+        if len(spans[0]) != len(answers):
             return None
         cuts = []
-        for k, (start, end) in zip(answers, spans, strict=True):
+        for k, (start, end) in zip(answers, spans[0], strict=True):
             if k not in trained:
                 continue
-            if not self.ended(whole[:end]):
-                match = self._ends.match(whole, end)
+            if not self._ended(texts[0][:end]):
+                match = self._closing.match(texts[0], end)
                 if not match and k != trained[-1]:
                     return None
                 end = match.end() if match else end
             cuts.append((start, end))
+        return self._cut(texts[0], cuts)
+
+    def _by_frames(self, messages: Messages, tools: Any, frames: dict[int, Frame]) -> list[Piece] | None:
+        """The answers' places from one rendering with marked answers, framed as in an earlier row of this shape.
+
+        None where the template does not treat the marked text as it treats the text itself.
+        """
+        marked = [_mark(message) if k in frames else message for k, message in enumerate(messages)]
+        whole = self._render(messages, tools)
+        parts = re.split(f"[{OPEN}{CLOSE}]", self._render(marked, tools))
+        if len(parts) != 2 * len(frames) + 1 or "".join(parts) != whole:
+            return None
+        cuts, at = [], 0
+        for n, frame in enumerate(frames.values()):
+            start = at + len(parts[2 * n])
+            at = start + len(parts[2 * n + 1])
+            if not whole[:start].endswith(frame.lead) or not whole.startswith(frame.close, at):
+                return None
+            cuts.append((start - len(frame.lead), at + len(frame.close)))
         return self._cut(whole, cuts)
 
-    def _joined(self, whole: str, turns: dict[int, Turn], trained: Sequence[int]) -> list[list[Piece]] | None:
+    def _joined(self, whole: str, turns: dict[int, Turn]) -> list[Piece] | None:
         """One example for all turns, where the whole conversation begins with each of them as it is asked and given."""
         if not all(whole.startswith(turn.prompt + turn.answer) for turn in turns.values()):
             return None
-        if not all(turns[k].closed for k in trained[:-1]):
+        if not all(turn.closed for turn in list(turns.values())[:-1]):
             return None
-        cuts = [(len(turns[k].prompt), len(turns[k].prompt) + len(turns[k].answer)) for k in trained]
-        return [self._cut(whole, cuts)]
+        return self._cut(whole, [(len(t.prompt), len(t.prompt) + len(t.answer)) for t in turns.values()])
 
     def _cut(self, whole: str, cuts: Sequence[tuple[int, int]]) -> list[Piece]:
         pieces, at = [], 0
@@ -141,21 +181,18 @@ class Renderer:
             pieces += [Piece(whole[at:start], False), Piece(whole[start:end], True)]
             at = end
         last = pieces[-1]
-        pieces[-1] = Piece(last.text, True, eos=not self.ended(last.text))
-        return [piece for piece in pieces if piece.text]
+        pieces[-1] = Piece(last.text, True, eos=not self._ended(last.text))
+        return [piece for piece in pieces if piece.text or piece.eos]
 
-    def _alone(self, turn: Turn) -> list[Piece]:
-        return [Piece(turn.prompt, False), Piece(turn.answer, True, eos=not turn.closed)]
-
-    def _turn(self, messages: list[dict[str, Any]], k: int, example: Example) -> Turn:
-        prompt = self._render(messages[:k], example.tools, asked=True)
-        given = self._render(messages[: k + 1], example.tools)
+    def _turn(self, messages: Messages, k: int, tools: Any, whole: str) -> Turn:
+        prompt = self._render(messages[:k], tools, asked=True)
+        given = whole if k == len(messages) - 1 else self._render(messages[: k + 1], tools)
         content = (messages[k].get("content") or "").strip()
         if given.startswith(prompt):
             answer = given[len(prompt) :]
         elif content and content in given:
             # the generation prompt says more than the rendered message begins with, e.g. it opens a thinking block
-            answer = _without_overlap(prompt, content) + given[given.rfind(content) + len(content) :]
+            answer = _without_overlap(prompt, content) + given[self._after(given, content) :]
         else:
             raise Unusable("the chat template renders an answer otherwise than it asks for it", f"message {k + 1}")
         end = self._end_of(answer, content if "tool_calls" not in messages[k] else "")
@@ -163,58 +200,76 @@ class Renderer:
 
     def _end_of(self, answer: str, content: str) -> int:
         """Where the token that ends the turn ends; 0 without one. Tool calls hold special tokens of their own."""
-        at = answer.rfind(content) if content else -1
-        if at >= 0:
-            match = self._ends.search(answer, at + len(content))
+        if content and content in answer:
+            match = self._closing.search(answer, self._after(answer, content))
             return match.end() if match else 0
-        return max((match.end() for match in self._ends.finditer(answer)), default=0)
+        return max((match.end() for match in self._closing.finditer(answer)), default=0)
 
-    def closed(self, text: str) -> Piece:
+    def _after(self, text: str, content: str) -> int:
+        """Where the content ends in a text: at its last place with a closing token behind it, or else its first."""
+        at = text.rfind(content)
+        while at >= 0 and not self._closing.match(text, at + len(content)):
+            at = text.rfind(content, 0, at + len(content) - 1)
+        return (at if at >= 0 else text.find(content)) + len(content)
+
+    def _closed(self, text: str) -> Piece:
         """All of a text as one trained piece that ends with the end of turn or EOS and nothing after it."""
         bare = text.rstrip()
-        return Piece(bare, True) if self.ended(bare) else Piece(text, True, eos=True)
+        return Piece(bare, True) if self._ended(bare) else Piece(text, True, eos=True)
 
-    def ended(self, text: str) -> bool:
-        last = None
-        for last in self._ends.finditer(text, max(0, len(text) - 64)):
-            pass
-        return last is not None and last.end() == len(text)
+    def _ended(self, text: str) -> bool:
+        return any(match.end() == len(text) for match in self._special.finditer(text, max(0, len(text) - 64)))
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, *, asked: bool = False) -> str:
+    def _render(self, messages: Messages, tools: Any, *, asked: bool = False) -> str:
         return self._jinja(messages, tools, add_generation_prompt=asked)[0][0]
 
-    def _render_marked(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
-        texts, spans = self._jinja(messages, tools, return_assistant_tokens_mask=True)
-        return texts[0], spans[0]
-
-    def _jinja(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
+    def _jinja(self, messages: Messages, tools: Any, **options: Any) -> Any:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        options |= self.tokenizer.special_tokens_map
         try:
-            return render_jinja_template(
-                [messages], tools=tools, chat_template=self.template, **self.tokenizer.special_tokens_map, **options
-            )
+            return render_jinja_template([messages], tools=tools, chat_template=self.template, **options)
         except (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
             # templates are code that comes with a model: whatever a row makes them raise is about that row
             roles = ", ".join(message["role"] for message in messages)
             raise Unusable("the chat template refuses the row", f"{error} (roles: {roles})") from None
 
 
-def _plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _plain(messages: Messages) -> Messages:
     """What a template sees: no weights, and no key without a value, which many templates would print as None."""
-    return [
-        {key: value for key, value in message.items() if key != "weight" and value is not None} for message in messages
-    ]
+    return [{key: value for key, value in m.items() if key != "weight" and value is not None} for m in messages]
 
 
-def _end_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """White space, then a special token: what closes an answer."""
-    special = {str(token) for token in tokenizer.all_special_tokens}
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special -= {tokenizer.bos_token} - {tokenizer.eos_token}
-    names = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True) if token)
+def _one_of(tokens: set[str]) -> re.Pattern[str]:
+    """White space, then one of the tokens."""
+    names = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
     return re.compile(rf"\s*(?:{names})" if names else r"(?!)")
+
+
+def _looks(message: dict[str, Any]) -> tuple:
+    """What of a message may decide how a template renders a conversation, its words aside."""
+    content = message.get("content") or ""
+    keys = tuple(sorted(message))
+    return (*keys, message["role"], "think>" in content, content[:1].isspace(), content[-1:].isspace(), not content)
+
+
+def _found_frames(messages: Messages, turns: dict[int, Turn]) -> dict[int, Frame] | None:
+    frames = {}
+    for k, turn in turns.items():
+        content = (messages[k].get("content") or "").strip()
+        lead, found, close = turn.answer.partition(content) if content else ("", "", "")
+        if not found or content in close:
+            return None
+        frames[k] = Frame(lead, close)
+    return frames
+
+
+def _mark(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    bare = content.strip()
+    start = content.index(bare)
+    return {**message, "content": f"{content[:start]}{OPEN}{bare}{CLOSE}{content[start + len(bare) :]}"}
 
 
 def _without_overlap(prompt: str, content: str) -> str:

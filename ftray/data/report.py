@@ -1,14 +1,18 @@
-"""What became of the rows: counts, reasons and one decoded example, as plain data for the terminal and the report page."""
+"""What became of the rows: counts, reasons and one decoded example, for the terminal and the report page."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from ftray.config.schema import Data
+
+PREVIEW_TOKENS = 400
 MAX_NAMED = 20  # dropped rows named per source; the rest are counted
 
 
@@ -101,6 +105,11 @@ class DataReport:
     def weights(self) -> dict[str, float]:
         return {source.path: source.weight for source in self.sources if not source.held_out}
 
+    def weighted(self, data: Data) -> DataReport:
+        """The report with a run's own weights: they are no part of what is cached."""
+        given = zip(self.sources, [*data.sources, *data.eval_sources], strict=True)
+        return replace(self, sources=tuple(replace(source, weight=said.weight) for source, said in given))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; the totals are included for readers that are not Python."""
         totals = {
@@ -130,6 +139,17 @@ def histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple((1 << power, int(counts[power])) for power in range(powers.min(), len(counts)))
 
 
+def marked_text(tokenizer: Any, ids: np.ndarray, trained: np.ndarray, limit: int = PREVIEW_TOKENS) -> str:
+    """An example as text, with its trained stretches in «»; at most `limit` tokens of it."""
+    cut = min(len(ids), limit)
+    edges = [0, *(np.flatnonzero(np.diff(trained[:cut])) + 1).tolist(), cut]
+    text = ""
+    for start, end in pairwise(edges):
+        part = tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False)
+        text += f"«{part}»" if trained[start] else part
+    return text + ("..." if cut < len(ids) else "")
+
+
 def _source(data: Mapping[str, Any]) -> SourceReport:
     fields = dict(data)
     fields["examples"] = tuple(Dropped(**example) for example in data["examples"])
@@ -153,13 +173,16 @@ def _lines(report: DataReport) -> Iterable[str]:
             yield f"    ... {source.rows_dropped - 5:,} more; the report names {len(source.examples)}"
         if source.truncated:
             yield f"  cut to {report.max_length} tokens: {source.truncated:,}"
-    share = report.trained_tokens / max(report.tokens, 1)
-    yield f"train: {report.train_examples:,} examples, {report.tokens:,} tokens, {report.trained_tokens:,} trained ({share:.0%})"
+    trained = f"{report.trained_tokens:,} trained ({report.trained_tokens / max(report.tokens, 1):.0%})"
+    yield f"train: {report.train_examples:,} examples, {report.tokens:,} tokens, {trained}"
     yield f"eval: {report.eval_examples:,} examples, {report.eval_tokens:,} tokens, {report.questions:,} questions"
     if report.questions_too_long:
         yield f"  {report.questions_too_long:,} questions are longer than {report.max_length} tokens and are not asked"
     if report.length_histogram:
-        bars = ", ".join(f"{low}-{2 * low - 1}: {count:,}" for low, count in report.length_histogram)
+        highs = [min(2 * low - 1, report.max_length) for low, _ in report.length_histogram]
+        bars = ", ".join(
+            f"{low}-{high}: {count:,}" for (low, count), high in zip(report.length_histogram, highs, strict=True)
+        )
         yield f"lengths in tokens: {bars}"
     yield from report.notes
     if report.preview:

@@ -1,48 +1,265 @@
-"""Reads the rows of a source lazily, each with its file and line; what cannot be read is a `BadRow`, not a crash."""
+"""Where rows come from: a file, a folder, a glob, a URI, a Hub data set or a packaged one, read lazily.
+
+`read` yields each row with its file and line; `digest` says whether a source is still the same.
+"""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
+import lzma
+import posixpath
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ftray.config.schema import Source
+from ftray.data.readers import COMPRESSED, READERS, BadRow, Row, Rows, kind_of, known
 from ftray.errors import DataError
 
+HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+SPLITS = {
+    "train": {"train", "training"},
+    "test": {"test", "testing", "heldout"},
+    "validation": {"validation", "valid", "val", "dev", "eval"},
+}
 
-class Row(NamedTuple):
-    file: str
-    line: int
-    data: dict[str, Any]
-
-
-class BadRow(NamedTuple):
-    file: str
-    line: int
-    reason: str
-    detail: str = ""
+__all__ = ["BadRow", "Row", "digest", "read"]
 
 
-def read(source: Source) -> Iterator[Row | BadRow]:
-    path = Path(source.path)
-    if not path.is_file():
-        raise DataError(f"{source.path}: no such file")
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    data = json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    yield BadRow(source.path, number, "not UTF-8", str(error))
-                except ValueError as error:
-                    yield BadRow(source.path, number, "not JSON", str(error))
-                else:
-                    yield Row(source.path, number, data)
+class File(NamedTuple):
+    """A file to read: `name` as errors show it, `path` in `filesystem`; None: this machine's own."""
+
+    name: str
+    path: str
+    filesystem: Any = None
+
+
+def read(source: Source) -> Rows:
+    """The rows of a source in a fixed order. Raises DataError where it does not exist or cannot be read."""
+    if source.path.startswith("builtin:"):
+        return _builtin(source)
+    if _by_datasets(source):
+        return _dataset_rows(source)
+    return (row for file in files(source) for row in _file_rows(file))
 
 
 def digest(source: Source) -> str:
-    import hashlib
+    """Hash of the source's bytes; of what the server says about them where they are not on this machine."""
+    if source.path.startswith("builtin:"):
+        return _hash(json.dumps(row.data, sort_keys=True).encode() for row in _builtin(source) if isinstance(row, Row))
+    if _by_datasets(source):
+        return _dataset_digest(source)
+    return _hash(_state(file) for file in files(source))
 
-    with open(source.path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+def files(source: Source) -> list[File]:
+    """The files of a source, sorted by name. Raises DataError where there are none that can be read."""
+    found = _remote(source.path) if "://" in source.path else _local(source.path)
+    single = len(found) == 1 and found[0].name == source.path
+    if single:
+        if kind_of(source.path) is None:
+            raise DataError(f"{source.path}: unknown file format; known are {', '.join(known())}, also with .gz")
+        return found
+    readable = [file for file in found if kind_of(file.name)]
+    if not readable:
+        raise DataError(f"{source.path}: no data files in it; known are {', '.join(known())}, also with .gz")
+    return _of_split(readable, source)
+
+
+def _of_split(found: list[File], source: Source) -> list[File]:
+    """The files of the wanted split, told by their names; all of them where no name tells one."""
+    by_split: dict[str, list[File]] = {}
+    for file in found:
+        words = set(re.split(r"[^a-z]+", file.name.removeprefix(source.path).lower()))
+        by_split.setdefault(next((split for split, names in SPLITS.items() if names & words), ""), []).append(file)
+    wanted = source.split
+    if wanted is None:
+        wanted = "train" if "train" in by_split and len(by_split) > 1 else None
+    if wanted is None:
+        return found
+    name = next((split for split, names in SPLITS.items() if wanted.lower() in names), wanted)
+    if name not in by_split:
+        have = ", ".join(sorted(filter(None, by_split))) or "none"
+        raise DataError(f"{source.path}: no file of split '{wanted}'; splits by file name: {have}")
+    return by_split[name]
+
+
+def _local(path: str) -> list[File]:
+    where = Path(path).expanduser()
+    if where.is_dir():
+        inside = sorted(p for p in where.rglob("*") if p.is_file() and not _hidden(p.relative_to(where)))
+        return [File(str(Path(path) / p.relative_to(where)), str(p)) for p in inside]
+    if where.exists():
+        return [File(path, str(where))]
+    if any(sign in path for sign in "*?["):
+        import glob
+
+        matches = sorted(match for match in glob.glob(str(where), recursive=True) if Path(match).is_file())
+        if matches:
+            return [File(match, match) for match in matches]
+        raise DataError(f"{path}: no file matches")
+    raise DataError(f"{path}: no such file or folder{_similar(where)}")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _similar(where: Path) -> str:
+    """A did-you-mean from the names beside a missing file, or the first folder of its path that is missing."""
+    parent = where.parent
+    if not parent.is_dir():
+        missing = next(folder for folder in [*reversed(parent.parents), parent] if not folder.exists())
+        return f"; the folder {missing} does not exist"
+    near = difflib.get_close_matches(where.name, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.5)
+    return f"; did you mean {parent / near[0]}?" if near else ""
+
+
+def _remote(path: str) -> list[File]:
+    import fsspec
+
+    try:
+        filesystem, bare = fsspec.url_to_fs(path)
+        if any(sign in bare for sign in "*?["):
+            found = sorted(filesystem.glob(bare))
+        elif filesystem.isdir(bare):
+            found = sorted(filesystem.find(bare))
+        else:
+            found = [bare] if filesystem.exists(bare) else []
+    except ImportError as error:
+        raise DataError(f"{path}: {error}; install what it names") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be reached: {error}") from None
+    if not found:
+        raise DataError(f"{path}: no such file or folder")
+    if found == [bare]:
+        return [File(path, bare, filesystem)]
+    scheme = path.split("://")[0]
+    return [File(f"{scheme}://{name.removeprefix(f'{scheme}://')}", name, filesystem) for name in found]
+
+
+def _file_rows(file: File) -> Rows:
+    reader = READERS[kind_of(file.name) or ""]
+    line = 0
+    try:
+        with _open(file) as stream:
+            for row in reader(stream, file.name):
+                yield row
+                line = row.line
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        after = f"broken after line {line}: {error}; fetch it again" if line else f"cannot be read: {error}"
+        raise DataError(f"{file.name}: {after}") from None
+
+
+def _open(file: File) -> IO[bytes]:
+    import fsspec
+
+    filesystem = file.filesystem or fsspec.filesystem("file")
+    compression = "infer" if file.name.lower().endswith(COMPRESSED) else None
+    try:
+        return filesystem.open(file.path, "rb", compression=compression)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{file.name}: {error}; decompress it, or install what it names") from None
+
+
+def _hash(parts: Iterator[bytes]) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
+
+
+def _state(file: File) -> bytes:
+    """What changes when a file does: its name and its bytes, or its remote checksum and size."""
+    name = posixpath.basename(file.name).encode()
+    if file.filesystem is not None and "file" not in file.filesystem.protocol:
+        return b"%s %d %d" % (name, file.filesystem.checksum(file.path), file.filesystem.size(file.path) or 0)
+    try:
+        with open(file.path, "rb") as stream:
+            return name + hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read: {error.strerror}") from None
+
+
+def _builtin(source: Source) -> Rows:
+    from ftray.data.sample import builtin_rows
+
+    return (Row(source.path, number, row) for number, row in enumerate(builtin_rows(source.path), 1))
+
+
+def _by_datasets(source: Source) -> bool:
+    """Whether the `datasets` library finds the rows: Hub names, saved data sets, folders that declare their splits."""
+    where = Path(source.path).expanduser()
+    if where.is_dir():
+        card = where / "README.md"
+        declared = card.is_file() and re.search(r"^(configs|dataset_info):", card.read_text("utf-8", "replace"), re.M)
+        return bool(source.subset or declared or _saved(where))
+    if where.exists() or "://" in source.path or kind_of(source.path) or not HUB_NAME.fullmatch(source.path):
+        return False
+    # a path into a folder that is here is a misspelt file, not a Hub name
+    return not ("/" in source.path and where.parent.is_dir())
+
+
+def _saved(where: Path) -> bool:
+    return (where / "dataset_dict.json").is_file() or (where / "state.json").is_file()
+
+
+def _dataset_rows(source: Source) -> Rows:
+    with _explained(source):
+        for number, row in enumerate(_dataset(source), 1):
+            yield Row(source.path, number, row)
+
+
+def _dataset(source: Source) -> Any:
+    import datasets
+
+    where, split = Path(source.path).expanduser(), source.split or "train"
+    if _saved(where):
+        loaded = datasets.load_from_disk(str(where))
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if split not in loaded:
+            raise DataError(f"{source.path}: no split '{split}'; it has {', '.join(loaded)}")
+        return loaded[split]
+    path = str(where) if where.is_dir() else source.path
+    try:
+        return datasets.load_dataset(path, source.subset, split=split, streaming=True)
+    except OSError:
+        # without a network a streamed data set cannot be opened, but one that was downloaded before can
+        if where.is_dir():
+            raise
+        return datasets.load_dataset(path, source.subset, split=split)
+
+
+def _dataset_digest(source: Source) -> str:
+    where = Path(source.path).expanduser()
+    if where.is_dir():
+        return _hash(_state(file) for file in _local(source.path))
+    with _explained(source):
+        import datasets
+
+        builder = datasets.load_dataset_builder(source.path, source.subset)
+        return _hash(iter([f"{builder.hash} {builder.config_id}".encode()]))
+
+
+class _explained:
+    """Turns what `datasets` raises into a DataError; it raises many kinds, its own and its file readers'."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, DataError):
+            return
+        path = self.source.path
+        if not Path(path).expanduser().is_dir() and isinstance(error, OSError):
+            way = "neither a file here nor a data set that the Hub gives us; check the name, the network and the login"
+            raise DataError(f"{path}: {way} ({error})") from None
+        raise DataError(f"{path}: cannot be loaded: {error}") from None
