@@ -204,7 +204,7 @@ def written(metric: str, value: float | None, *, signed: bool = False) -> str:
     if value is None:
         return "–"
     sign = "+" if signed else ""
-    if METRICS[metric].form == "share":
+    if metric in METRICS and METRICS[metric].form == "share":
         return f"{100 * value:{sign}.1f} {'pp' if signed else '%'}".replace("-", "−")
     if abs(value) >= 1e5 and math.isfinite(value):
         return f"{value:{sign}.2e}".replace("-", "−")
