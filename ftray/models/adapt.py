@@ -23,7 +23,7 @@ def adapt(model: Any, method: Method, *, seed: int, fp32: bool = True) -> Any:
 
     _check(model, method)
     if isinstance(method, Lora):
-        model = _add_lora(model, method, seed)
+        model = _add_lora(model, method, seed, fp32)
     elif isinstance(method, Freeze):
         wanted = frozen_choice(model, method)
         for name, parameter in model.named_parameters():
@@ -66,8 +66,8 @@ def servability(method: Method) -> str:
 def default_lr(method: Method, parameters: int) -> float:
     """Peak learning rate where the run says auto; `parameters` is the size of the base.
 
-    Full rates fall with size as in the model reports (1e-3 at 5 M, 2e-5 from 1 B on); LoRA takes about ten times the full
-    rate (LoRA Without Regret, Thinking Machines 2025), at most 2e-3.
+    Full rates fall with size as in the model reports (1e-3 at 5 M, 2e-5 from 1 B on); LoRA takes about ten times the
+    full rate (LoRA Without Regret, Thinking Machines 2025), at most 2e-3.
     """
     full = min(1e-3, max(2e-5, 1e-3 * math.sqrt(5e6 / max(parameters, 1)) ** 1.5))
     if isinstance(method, Full):
@@ -89,9 +89,10 @@ def frozen_choice(model: Any, method: Freeze) -> set[str]:
     """Names of the parameters that a freeze method trains."""
     names = [name for name, _ in model.named_parameters()]
     wanted: set[str] = set()
-    prefix, count = _blocks(model)
-    first = max(0, count - method.last_layers)
-    wanted.update(n for i in range(first, count) for n in names if n.startswith(f"{prefix}.{i}."))
+    if method.last_layers:
+        prefix, count = _blocks(model)
+        last = range(count - method.last_layers, count)
+        wanted.update(name for i in last for name in names if name.startswith(f"{prefix}.{i}."))
     for pattern in method.train:
         wanted.update(name for name in names if matches(name, pattern))
     if method.embeddings:
@@ -104,7 +105,7 @@ def frozen_choice(model: Any, method: Freeze) -> set[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether whole dotted parts of a parameter's name fit a glob: "layers.1" fits model.layers.1.x, not model.layers.10.x."""
+    """Whether whole dotted parts of a parameter's name fit a glob: "layers.1" fits layers.1.x and not layers.10.x."""
     return fnmatchcase(name, pattern) or fnmatchcase(f".{name}.", f"*.{pattern}.*")
 
 
@@ -126,66 +127,98 @@ def _blocks(model: Any) -> tuple[str, int]:
     )
 
 
-def _add_lora(model: Any, method: Lora, seed: int) -> Any:
+def _add_lora(model: Any, method: Lora, seed: int, fp32: bool) -> Any:
     import torch
     from peft import get_peft_model
 
-    if method.bits:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, lora_config(model, method), autocast_adapter_dtype=True)
+        adapted = get_peft_model(model, lora_config(model, method), autocast_adapter_dtype=fp32)
+    if method.init == "pissa":
+        adapted.ftray_pissa_start = {
+            name: parameter.detach().float().cpu().clone()
+            for name, parameter in trainable(adapted).items()
+            if ".lora_A." in name or ".lora_B." in name
+        }
+    return adapted
+
+
+def pissa_start(adapted: Any) -> dict[str, Any]:
+    """A and B as PiSSA began them (fp32, CPU), by the names of `trainable`: their product was taken from the base."""
+    return adapted.ftray_pissa_start
 
 
 def lora_config(model: Any, method: Lora) -> Any:
-    """PEFT's configuration for a LoRA method on this model; target names are sorted, so that two runs write the same file."""
+    """PEFT's configuration for a LoRA method on this model; names are sorted, so that equal runs write equal files."""
     from peft import LoraConfig
 
-    targets = sorted(lora_targets(model, method) if method.targets == "auto" else method.targets)
-    if method.targets == "auto":
-        targets = sorted({name.rsplit(".", 1)[-1] for name in targets})
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    chosen = lora_targets(model, method)
+    targets = {name.rsplit(".", 1)[-1] for name in chosen} if method.targets == "auto" else set(method.targets)
+    alpha = method.alpha if method.alpha is not None else 2 * method.rank
+    saved = _saved_modules(model, method)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
-        lora_alpha=method.alpha if method.alpha is not None else 2 * method.rank,  # type: ignore[arg-type]
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
-        target_modules=targets,
+        target_modules=sorted(targets),
         use_rslora=method.rslora,
         use_dora=method.dora,
         init_lora_weights=True if method.init == "default" else method.init,  # type: ignore[arg-type]
-        modules_to_save=list(method.modules_to_save) or None,
-        ensure_weight_tying=tied and bool(method.modules_to_save),
+        modules_to_save=saved or None,
+        ensure_weight_tying=_touches_tied(model, saved),
     )
+
+
+def _saved_modules(model: Any, method: Lora) -> list[str]:
+    """Full names: PEFT takes "norm" for every module whose name ends in norm, we for those called norm."""
+    return [name for name, _ in model.named_modules() if any(_names(name, saved) for saved in method.modules_to_save)]
+
+
+def _touches_tied(model: Any, names: list[str]) -> bool:
+    """Whether one of the modules is tied to another: then both must learn the same, or merging loses one."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not model.config.get_text_config().tie_word_embeddings:
+        return False
+    return any(module is head or module is embeddings for name, module in model.named_modules() if name in names)
 
 
 def _check(model: Any, method: Method) -> None:
     problems: list[str] = []
     if isinstance(method, Freeze):
-        names = [name for name, _ in model.named_parameters()]
-        for pattern in method.train:
-            if not any(matches(name, pattern) for name in names):
-                problems.append(f"method.train: {pattern!r} fits no parameter{_did_you_mean(pattern, names)}")
+        problems += _freeze_problems(model, method)
     if isinstance(method, Lora):
         problems += _lora_problems(model, method)
     if problems:
         raise ModelError("\n".join(problems))
 
 
+def _freeze_problems(model: Any, method: Freeze) -> Iterable[str]:
+    if method.last_layers and method.last_layers > (count := _blocks(model)[1]):
+        yield f"method.last_layers: {method.last_layers} is more than the model's {count} blocks; for all: kind: full"
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in method.train:
+        if not any(matches(name, pattern) for name in names):
+            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+            yield f"method.train: {pattern!r} fits no parameter{_did_you_mean(pattern, parts)}"
+
+
 def _lora_problems(model: Any, method: Lora) -> Iterable[str]:
     modules = {name: module for name, module in model.named_modules() if name}
-    leaves = [name for name, module in modules.items() if not list(module.children())]
+    leaves = [name for name, module in modules.items() if not list(module.children()) and list(module.parameters())]
+    linear = [name for name in leaves if _adaptable(modules[name])]
     for target in [] if method.targets == "auto" else method.targets:
         found = [name for name in modules if _names(name, target)]
         if not found:
-            yield f"method.targets: no layer is called {target!r}{_did_you_mean(target, leaves)}"
+            yield f"method.targets: no layer is called {target!r}{_did_you_mean(target, linear)}"
         elif not any(_adaptable(modules[name]) for name in found):
-            yield f"method.targets: {target!r} is a {type(modules[found[0]]).__name__}; LoRA adapts linear layers and embeddings"
+            kind = type(modules[found[0]]).__name__
+            yield f"method.targets: {target!r} is a {kind}; LoRA adapts linear layers and embeddings"
     for saved in method.modules_to_save:
         if not any(_names(name, saved) for name in modules):
             yield f"method.modules_to_save: no module is called {saved!r}{_did_you_mean(saved, leaves)}"
+    if method.init == "orthogonal" and method.rank % 2:
+        yield f"method.rank: orthogonal init needs an even rank, not {method.rank}; use {method.rank + 1}"
     small = {
         name: min(_sides(module))
         for name, module in lora_targets(model, method).items()

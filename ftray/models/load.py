@@ -1,26 +1,43 @@
-"""The base model: where it lies, its tokenizer, its shape, its weights. Never pickle, never code unless the run says so."""
+"""The base model: where it lies, its tokenizer, shape and weights. Never pickle; its own code only if the run says."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftray.config.schema import Full, Method, Model
+from ftray.config.schema import Method, Model
 from ftray.errors import ModelError
+from ftray.models.builtin import builtin_folder
 
-BUILTIN = {"builtin:tiny": Path(__file__).parent / "tiny"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt",
-                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 SMALL_FILE_BYTES = 64 * 2**20
+HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a loaded base came from, and the type its weights have on disk; kept on the model for saving."""
+
+    model: Model
+    saved_dtype: Any
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's configuration says about its size; counts are numbers of weights, exact, tied ones counted once."""
+    """A model's size by its configuration alone; counts are numbers of weights, exact, tied ones counted once."""
 
     parameters: int
     embedding_params: int
@@ -38,9 +55,9 @@ class Shape:
     """Linear layers apart from the output layer: name -> (inputs, outputs)."""
 
     @classmethod
-    def from_config(cls, config: Any) -> Shape:
-        """Builds the model on the meta device: no weights are read or allocated."""
-        model = meta_model(config)
+    def from_config(cls, config: Any, *, trust_remote_code: bool = False) -> Shape:
+        """Builds the model on the meta device: no weights are read or allocated. ModelError for no causal model."""
+        model = meta_model(config, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
         head = model.get_output_embeddings()
         linears = {name: linear_shape(module) for name, module in linear_modules(model).items()}
@@ -62,15 +79,13 @@ class Shape:
 
 
 def resolve_base(model: Model) -> str:
-    """The folder of a built-in or local base, or the Hub id as written. ModelError when a built-in or folder is not there."""
+    """The folder of a built-in or local base, or the Hub id as written. ModelError when it can be neither."""
     if model.base.startswith("builtin:"):
-        if model.base not in BUILTIN:
-            raise ModelError(f"model.base: {model.base!r} is not built in; there is {', '.join(BUILTIN)}")
-        return str(BUILTIN[model.base])
+        return str(builtin_folder(model.base))
     path = Path(model.base).expanduser()
     if path.is_dir():
         return str(path)
-    if model.base.startswith((".", "/", "~")) or model.base.count("/") > 1:
+    if not HUB_ID.fullmatch(model.base):
         raise ModelError(
             f"model.base: no folder {model.base!r}; name a folder with config.json, a Hub id, or builtin:tiny"
         )
@@ -88,7 +103,7 @@ def load_tokenizer(model: Model) -> Any:
     """The base's tokenizer, with a padding token. ModelError when it has none."""
     from transformers import AutoTokenizer
 
-    tokenizer = _read(model, AutoTokenizer.from_pretrained)
+    tokenizer = _read(model, AutoTokenizer.from_pretrained, needs="tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -97,27 +112,60 @@ def load_tokenizer(model: Model) -> Any:
 def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "auto", zero3: bool = False) -> Any:
     """The base with its weights in `dtype`, quantised where the method has `bits`.
 
-    `attention` is transformers' name, `ftray_varlen`, or "auto" for transformers' own choice. `zero3`: DeepSpeed's
-    HfDeepSpeedConfig is alive, and weights are sharded while they load.
+    `attention` is transformers' name, `ftray_varlen`, or "auto" for the best that the model supports. `zero3`:
+    DeepSpeed's HfDeepSpeedConfig is alive, and weights are sharded while they load. ModelError when the base does not
+    exist, has no safetensors, or its files lack weights.
     """
     from transformers import AutoModelForCausalLM
 
-    from ftray.models import attention as ours
+    from ftray.models.attention import register
 
-    ours.register()
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    bits = getattr(method, "bits", None)
+    if bits and zero3:
+        raise ModelError("scale.zero: a quantised base cannot be sharded by ZeRO 3; use zero: 2, or leave bits out")
+    register()
+    config = load_config(model)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if attention != "auto":
         options["attn_implementation"] = attention
-    bits = None if isinstance(method, Full) else getattr(method, "bits", None)
+    elif getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # sdpa has no soft cap
     if bits:
-        if zero3:
-            raise ModelError("scale.zero: a quantised base cannot be sharded by ZeRO 3; use zero: 2, or leave bits out")
         options["quantization_config"] = quantisation(bits, dtype)
-    return _read(model, AutoModelForCausalLM.from_pretrained, **options)
+    saved_dtype = getattr(config.get_text_config(), "dtype", None) or dtype
+    loaded, info = _read(model, AutoModelForCausalLM.from_pretrained, **options)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"model.base: {model.base!r} lacks {len(missing)} weights of a {type(loaded).__name__}, e.g. {missing[0]}; "
+            "they would be random: take a complete causal language model"
+        )
+    if bits == 4:
+        _one_way_of_computing(loaded)
+    loaded.name_or_path = model.base  # what PEFT writes down as the base: the run's own word for it
+    loaded.ftray_origin = Origin(model, saved_dtype)
+    return loaded
+
+
+def origin(model: Any) -> Origin:
+    """Where a model's base came from; for one that `load_base` did not load, by what transformers knows."""
+    known = getattr(model, "ftray_origin", None)
+    return known or Origin(Model(base=model.config.name_or_path or "unknown"), model.dtype)
+
+
+def _one_way_of_computing(loaded: Any) -> None:
+    """Keeps NF4 layers on the training path when they evaluate.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first evaluation and multiplies in bf16 from then
+    on, which moves logits by about 0.01 against training, and against a fresh load.
+    """
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantisation(bits: int, dtype: Any) -> Any:
-    """bitsandbytes settings: 4 is NF4 with double quantisation (QLoRA, arXiv 2305.14314), 8 is int8 (arXiv 2208.07339)."""
+    """bitsandbytes settings: 4 is QLoRA's NF4, quantised twice (arXiv 2305.14314); 8 is int8 (arXiv 2208.07339)."""
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
@@ -130,13 +178,18 @@ def quantisation(bits: int, dtype: Any) -> Any:
     )
 
 
-def meta_model(config: Any) -> Any:
-    """The architecture without weights, on the meta device."""
+def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The architecture without weights, on the meta device. ModelError where it is no causal language model."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ModelError(
+            f"model.base: a {config.model_type!r} model does not write text; take a causal language model"
+        ) from error
     model.tie_weights()
     return model
 
@@ -191,32 +244,44 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(model: Model, from_pretrained: Any, **options: Any) -> Any:
+def _read(model: Model, from_pretrained: Any, *, needs: str = "config.json", **options: Any) -> Any:
+    import torch
+    from safetensors import SafetensorError
+
     base = resolve_base(model)
-    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
-        raise ModelError(f"model.base: {base} has no config.json, so it is no model; name the folder that holds one")
+    if Path(base).is_dir() and not (Path(base) / needs).is_file():
+        raise ModelError(f"model.base: {base} has no {needs}; name a folder that save_pretrained wrote")
     try:
         return from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        SafetensorError,
+    ) as error:  # transformers has no error of its own
         raise _explain(model, base, error) from error
 
 
 def _explain(model: Model, base: str, error: Exception) -> ModelError:
-    text = str(error)
+    text = " ".join(str(error).split())
     where = f"model.base: {model.base!r}"
     if "trust_remote_code" in text:
         return ModelError(f"{where} brings its own Python code; read it, then set model.trust_remote_code: true")
-    if "safetensors" in text or "model.safetensors" in text:
+    if "no file named model.safetensors" in text or "does not appear to have a file named model.safetensors" in text:
         return ModelError(
-            f"{where} has no safetensors weights, and pickled ones are not read; convert it with save_pretrained"
-        )
-    if "connect" in text.lower() or "offline" in text.lower() or "couldn't reach" in text.lower():
-        return ModelError(
-            f"{where} is not in the local cache and the Hub cannot be reached; name a folder, or builtin:tiny"
+            f"{where} has no safetensors weights, and pickled ones are never read; save it again with save_pretrained"
         )
     if Path(base).is_dir():
         return ModelError(f"{where} cannot be loaded: {text}")
+    if any(sign in text.lower() for sign in ("connect", "offline", "couldn't reach", "resolve")):
+        return ModelError(
+            f"{where} is no folder, is not in the local cache, and the Hub cannot be reached; "
+            "name a folder, or builtin:tiny"
+        )
     return ModelError(
-        f"{where} is no folder here and no model on the Hub that we may read; check the spelling, and for a gated model "
-        f"HF_TOKEN ({text.splitlines()[0] if text else type(error).__name__})"
+        f"{where} is no folder here and no model on the Hub that we may read; check the spelling, model.revision, "
+        f"and for a gated model HF_TOKEN ({text[:300]})"
     )
