@@ -256,11 +256,13 @@ def _turn(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise Unusable("a message is not an object", f"message {number}")
     role = turn.get("role", turn.get("from"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise Unusable("unknown role", f"message {number} has role {role!r}; known: {', '.join(ROLES)}")
     message: dict[str, Any] = {"role": ROLES[role], "content": _content(turn.get("content", turn.get("value")), number)}
-    if turn.get("tool_calls"):
-        message["tool_calls"] = [_call(call, number) for call in turn["tool_calls"]]
+    if calls := _json(turn.get("tool_calls")):
+        if not isinstance(calls, list):
+            raise Unusable("tool calls are not a list", f"message {number}")
+        message["tool_calls"] = [_call(call, number) for call in calls]
     elif message["content"] is None:
         raise Unusable("a message has no content", f"message {number}")
     for key in ("name", "tool_call_id", "reasoning_content", "thinking"):

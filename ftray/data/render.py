@@ -105,8 +105,8 @@ class Renderer:
         joined = self._joined(whole, turns)
         if not joined:
             return [[Piece(t.prompt, False), Piece(t.answer, True, eos=not t.closed)] for t in turns.values()]
-        if found := _found_frames(messages, turns):
-            self._frames[shape] = found
+        if frames := self._found_frames(messages, turns):
+            self._frames[shape] = frames
         return [joined]
 
     def prompt(self, example: Example) -> str:
@@ -190,9 +190,12 @@ class Renderer:
         content = (messages[k].get("content") or "").strip()
         if given.startswith(prompt):
             answer = given[len(prompt) :]
-        elif content and content in given:
-            # the generation prompt says more than the rendered message begins with, e.g. it opens a thinking block
-            answer = _without_overlap(prompt, content) + given[self._after(given, content) :]
+        elif content:
+            # the generation prompt says more than the rendered message begins with, e.g. it opens a thinking block, or
+            # the message lost its reasoning: what was written follows the prompt, and the end is that of any answer
+            other = self._render([*messages[:k], {**messages[k], "content": OPEN}], tools)
+            answer = content = _without_overlap(prompt, content)
+            answer += other[other.rindex(OPEN) + 1 :] if OPEN in other else ""
         else:
             raise Unusable("the chat template renders an answer otherwise than it asks for it", f"message {k + 1}")
         end = self._end_of(answer, content if "tool_calls" not in messages[k] else "")
@@ -211,6 +214,16 @@ class Renderer:
         while at >= 0 and not self._closing.match(text, at + len(content)):
             at = text.rfind(content, 0, at + len(content) - 1)
         return (at if at >= 0 else text.find(content)) + len(content)
+
+    def _found_frames(self, messages: Messages, turns: dict[int, Turn]) -> dict[int, Frame] | None:
+        frames = {}
+        for k, (_, answer, _) in turns.items():
+            content = (messages[k].get("content") or "").strip()
+            if not content or content not in answer:
+                return None
+            end = self._after(answer, content)
+            frames[k] = Frame(answer[: end - len(content)], answer[end:])
+        return frames
 
     def _closed(self, text: str) -> Piece:
         """All of a text as one trained piece that ends with the end of turn or EOS and nothing after it."""
@@ -252,17 +265,6 @@ def _looks(message: dict[str, Any]) -> tuple:
     content = message.get("content") or ""
     keys = tuple(sorted(message))
     return (*keys, message["role"], "think>" in content, content[:1].isspace(), content[-1:].isspace(), not content)
-
-
-def _found_frames(messages: Messages, turns: dict[int, Turn]) -> dict[int, Frame] | None:
-    frames = {}
-    for k, turn in turns.items():
-        content = (messages[k].get("content") or "").strip()
-        lead, found, close = turn.answer.partition(content) if content else ("", "", "")
-        if not found or content in close:
-            return None
-        frames[k] = Frame(lead, close)
-    return frames
 
 
 def _mark(message: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import lzma
+import os
 import posixpath
 import re
 import zlib
@@ -71,14 +72,15 @@ def files(source: Source) -> list[File]:
 
 
 def _of_split(found: list[File], source: Source) -> list[File]:
-    """The files of the wanted split, told by their names; all of them where no name tells one."""
+    """The files of the wanted split, told by their names; of a folder with several splits the training part."""
+    base = os.path.commonpath([os.path.dirname(file.path) for file in found])
     by_split: dict[str, list[File]] = {}
     for file in found:
-        words = set(re.split(r"[^a-z]+", file.name.removeprefix(source.path).lower()))
+        words = set(re.split(r"[^a-z]+", file.path.removeprefix(base).lower()))
         by_split.setdefault(next((split for split, names in SPLITS.items() if names & words), ""), []).append(file)
     wanted = source.split
-    if wanted is None:
-        wanted = "train" if "train" in by_split and len(by_split) > 1 else None
+    if wanted is None and "train" in by_split and len(by_split) > 1 and not _is_glob(source.path):
+        wanted = "train"
     if wanted is None:
         return found
     name = next((split for split, names in SPLITS.items() if wanted.lower() in names), wanted)
@@ -88,14 +90,18 @@ def _of_split(found: list[File], source: Source) -> list[File]:
     return by_split[name]
 
 
+def _is_glob(path: str) -> bool:
+    return any(sign in path for sign in "*?[")
+
+
 def _local(path: str) -> list[File]:
     where = Path(path).expanduser()
     if where.is_dir():
-        inside = sorted(p for p in where.rglob("*") if p.is_file() and not _hidden(p.relative_to(where)))
+        inside = sorted(p for p in where.rglob("*") if p.is_file() and not _aside(p.relative_to(where)))
         return [File(str(Path(path) / p.relative_to(where)), str(p)) for p in inside]
     if where.exists():
         return [File(path, str(where))]
-    if any(sign in path for sign in "*?["):
+    if _is_glob(path):
         import glob
 
         matches = sorted(match for match in glob.glob(str(where), recursive=True) if Path(match).is_file())
@@ -105,8 +111,13 @@ def _local(path: str) -> list[File]:
     raise DataError(f"{path}: no such file or folder{_similar(where)}")
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _aside(path: Path) -> bool:
+    """Files of a data folder that are not data: hidden ones, and those about it."""
+    return any(part.startswith((".", "_")) for part in path.parts) or path.stem.lower() in (
+        "readme",
+        "license",
+        "licence",
+    )
 
 
 def _similar(where: Path) -> str:
@@ -124,7 +135,7 @@ def _remote(path: str) -> list[File]:
 
     try:
         filesystem, bare = fsspec.url_to_fs(path)
-        if any(sign in bare for sign in "*?["):
+        if _is_glob(bare):
             found = sorted(filesystem.glob(bare))
         elif filesystem.isdir(bare):
             found = sorted(filesystem.find(bare))

@@ -1,10 +1,8 @@
-"""A small byte-level BPE tokenizer with a chat template, trained here, and a storage that is a folder."""
+"""A small byte-level BPE tokenizer with a chat template, trained here; files to prepare and a store to keep them in."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -24,28 +22,6 @@ TEXT = [
     "Grüße aus Köln, naïve café — 日本語のテキスト と emoji 🙂🚀.",
     '{"item": "latte", "size": "large", "extras": ["oat milk"]}',
 ]
-
-
-class FolderStorage:
-    """The few storage methods that preparation uses, on a folder."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def exists(self, key):
-        return (self.root / key).exists()
-
-    def upload(self, local_folder, key):
-        shutil.copytree(local_folder, self.root / key, dirs_exist_ok=True)
-
-    def download(self, key, into):
-        return self.root / key
-
-    def local_path(self, key):
-        return self.root / key
-
-    def write_json(self, key, value):
-        (self.root / key).write_text(json.dumps(value))
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +66,9 @@ def tokenizer(make_tokenizer):
 
 @pytest.fixture
 def storage(tmp_path):
-    return FolderStorage(tmp_path / "store")
+    from ftray.store.paths import Storage
+
+    return Storage(str(tmp_path / "store"))
 
 
 @pytest.fixture
