@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftray.evaluate.markup import Html, join, tag
@@ -44,14 +44,15 @@ def line_chart(
     title: str,
     series: Sequence[Series],
     *,
-    write: Callable[[float], str],
+    smooth: bool = False,
     from_zero: bool = False,
     reference: tuple[str, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
 ) -> Html | None:
     """One figure, or None where no series has a finite point.
 
-    `reference` is a named dashed level; `marks` are (step, text) of events. Long series are thinned by means.
+    `smooth` draws a long training curve faint, with its running mean over it. `reference` is a named dashed level;
+    `marks` are (step, text) of events. Long series are thinned by means.
     """
     series = [Series(one.name, _thinned(_finite(one.points)), one.style) for one in series]
     series = [one for one in series if one.points]
@@ -61,15 +62,15 @@ def line_chart(
     steps = [x for one in series for x, _ in one.points]
     y_ticks = ticks(0.0 if from_zero else min(levels), max(levels), 4)
     plane = Plane((min(steps), y_ticks[0]), (max(steps) if max(steps) > min(steps) else min(steps) + 1, y_ticks[-1]))
-    parts = [_grid(plane, y_ticks, write)]
+    parts = [_grid(plane, y_ticks)]
     if reference:
         parts.append(_reference(plane, *reference))
     parts += [_mark(plane, step, text) for step, text in marks if plane.low[0] <= step <= plane.high[0]]
-    parts += [_curve(plane, one) for one in series]
-    parts.append(_hover(plane, series, write))
+    parts += [_curve(plane, one, smooth) for one in series]
+    parts.append(_hover(plane, series))
     return tag(
         "figure",
-        tag("figcaption", tag("b", title), *_legend(series, write)),
+        tag("figcaption", tag("b", title), *_legend(series)),
         tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title),
         class_="chart",
     )
@@ -133,16 +134,18 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _grid(plane: Plane, y_ticks: Sequence[float], write: Callable[[float], str]) -> Html:
+def _grid(plane: Plane, y_ticks: Sequence[float]) -> Html:
     lines = []
     for value in y_ticks:
         y = f"{plane.y(value):.1f}"
         lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        lines.append(tag("text", write(value), x=LEFT - 8, y=y, class_="tick", text_anchor="end", dy="0.32em"))
+        lines.append(tag("text", short(value), x=LEFT - 8, y=y, class_="tick", text_anchor="end", dy="0.32em"))
+    lines.append(tag("text", "step", x=WIDTH - RIGHT, y=HEIGHT - 9, class_="tick", text_anchor="end"))
     for value in ticks(plane.low[0], plane.high[0], 6):
-        if plane.low[0] <= value <= plane.high[0] and value == int(value):
-            x = f"{plane.x(value):.1f}"
-            lines.append(tag("text", f"{int(value):,}", x=x, y=HEIGHT - 9, class_="tick", text_anchor="middle"))
+        x = plane.x(value)
+        if value == int(value) and LEFT <= x < WIDTH - RIGHT - 44:  # the word step has the corner
+            label = f"{int(value):,}"
+            lines.append(tag("text", label, x=f"{x:.1f}", y=HEIGHT - 9, class_="tick", text_anchor="middle"))
     return join(*lines)
 
 
@@ -165,13 +168,13 @@ def _mark(plane: Plane, step: float, text: str) -> Html:
     )
 
 
-def _curve(plane: Plane, one: Series) -> Html:
+def _curve(plane: Plane, one: Series, smooth: bool) -> Html:
     if len(one.points) == 1:
         return _dots(plane, one)
-    noisy = len(one.points) >= SMOOTH_FROM and one.style == "train"
-    line = tag("path", d=_path(plane, one.points), class_=f"line {one.style}{' faint' if noisy else ''}")
-    smooth = tag("path", d=_path(plane, _running_mean(one.points)), class_=f"line {one.style}") if noisy else None
-    return join(line, smooth, _dots(plane, one) if len(one.points) <= 30 else None)
+    faint = smooth and one.style == "train" and len(one.points) >= SMOOTH_FROM
+    line = tag("path", d=_path(plane, one.points), class_=f"line {one.style}{' faint' if faint else ''}")
+    mean = tag("path", d=_path(plane, _running_mean(one.points)), class_=f"line {one.style}") if faint else None
+    return join(line, mean, _dots(plane, one) if len(one.points) <= 30 else None)
 
 
 def _dots(plane: Plane, one: Series) -> Html:
@@ -186,7 +189,7 @@ def _path(plane: Plane, points: Sequence[Point]) -> str:
     return "M" + "L".join(f"{plane.x(x):.1f} {plane.y(y):.1f}" for x, y in points)
 
 
-def _hover(plane: Plane, series: Sequence[Series], write: Callable[[float], str]) -> Html:
+def _hover(plane: Plane, series: Sequence[Series]) -> Html:
     """One invisible strip per step; the page's CSS shows what is in it while the pointer is over it."""
     steps = sorted({x for one in series for x, _ in one.points})
     values = {one.name: dict(one.points) for one in series}
@@ -195,7 +198,7 @@ def _hover(plane: Plane, series: Sequence[Series], write: Callable[[float], str]
     strips = []
     for index, step in enumerate(steps):
         there = [(one, values[one.name][step]) for one in series if step in values[one.name]]
-        text = f"step {step:,.0f} · " + " · ".join(f"{one.name} {write(y)}" for one, y in there)
+        text = f"step {step:,.0f} · " + " · ".join(f"{one.name} {short(y)}" for one, y in there)
         x, right = plane.x(step), index > len(steps) / 2
         strips.append(
             tag(
@@ -223,10 +226,10 @@ def _hover(plane: Plane, series: Sequence[Series], write: Callable[[float], str]
     return join(*strips)
 
 
-def _legend(series: Sequence[Series], write: Callable[[float], str]) -> list[Html]:
+def _legend(series: Sequence[Series]) -> list[Html]:
     named = len(series) > 1
     return [
-        tag("span", one.name if named else "last", " ", tag("b", write(one.points[-1][1])), class_=f"key {one.style}")
+        tag("span", one.name if named else "last", " ", tag("b", short(one.points[-1][1])), class_=f"key {one.style}")
         for one in series
     ]
 

@@ -69,13 +69,17 @@ def _source_table(sources: Sequence[Mapping[str, Any]]) -> Html:
             tag(
                 "tr",
                 tag("td", source.get("path", ""), tag("small", columns) if columns else None, class_="wrap"),
-                tag("td", source.get("format", "")),
-                tag("td", "held out" if source.get("held_out") else f"weight {source.get('weight', 1):g}"),
+                tag("td", source.get("format", ""), class_="plain"),
+                tag("td", _use(source), class_="plain"),
                 *(tag("td", f"{count:,}", class_="n") for count in counts),
             )
         )
     heads = (tag("th", text, class_="n" if index > 2 else None) for index, text in enumerate(head))
     return tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines))
+
+
+def _use(source: Mapping[str, Any]) -> str:
+    return "held out" if source.get("held_out") else f"weight {source.get('weight', 1):g}"
 
 
 def _dropped(sources: Sequence[Mapping[str, Any]]) -> Html | None:
@@ -101,7 +105,7 @@ def _dropped(sources: Sequence[Mapping[str, Any]]) -> Html | None:
     rows = tag("details", tag("summary", f"{len(named)} of these rows"), tag("table", *named)) if named else None
     return join(
         tag("h3", "Dropped rows"),
-        tag("div", tag("table", *reasons, class_="reasons"), rows, class_="card scroll"),
+        tag("div", tag("table", *reasons), rows, class_="card scroll"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +10,21 @@ from typing import Any
 from ftray.evaluate.markup import Html, join, tag
 
 
-def facts_section(title: str, facts: Mapping[str, Any]) -> Html | None:
-    """Plain data as a list of names and values; nested mappings get dotted names."""
-    lines = [join(tag("dt", name), tag("dd", value)) for name, value in _flat(facts)]
-    return join(tag("h2", title), tag("div", tag("dl", *lines), class_="card")) if lines else None
+def facts_section(title: str, facts: Mapping[str, Any], note: Html | None = None) -> Html | None:
+    """A card of names and values, and one more per nested mapping; None where there is nothing to show."""
+    groups: dict[str, Mapping[str, Any]] = {
+        "": {key: value for key, value in facts.items() if not isinstance(value, Mapping)}
+    }
+    groups |= {key: value for key, value in facts.items() if isinstance(value, Mapping)}
+    cards = []
+    for group, values in groups.items():
+        lines = [join(tag("dt", name), tag("dd", value)) for name, value in _flat(values)]
+        if lines:
+            head = tag("h3", group.replace("_", " ")) if group else None
+            cards.append(tag("div", head, tag("dl", *lines), class_="card facts"))
+    if not cards:
+        return None
+    return join(tag("h2", title), note, tag("div", *cards, class_="cells three" if len(cards) > 1 else "cells"))
 
 
 def duration(seconds: float) -> str:
@@ -40,7 +52,9 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _fact(name: str, key: str, value: Any) -> tuple[str, str]:
     if isinstance(value, list | tuple):
-        return name, ", ".join(str(item) for item in value)
+        return name, ", ".join(
+            json.dumps(item, default=str) if isinstance(item, Mapping) else str(item) for item in value
+        )
     if isinstance(value, bool):
         return name, "yes" if value else "no"
     if key.endswith("bytes") and number(value):

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ftray import __version__
-from ftray.evaluate.charts import Series, dumbbell, line_chart, short
+from ftray.evaluate.charts import Series, dumbbell, line_chart
 from ftray.evaluate.compare import METRICS, Change, Comparison, GateResult, written
 from ftray.evaluate.data_section import data_section
 from ftray.evaluate.facts_section import duration, facts_section, number
@@ -28,6 +28,7 @@ from ftray.evaluate.suites import exact_match, json_match
 
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 LONG_PROMPT = 600
+SHOWN_ABOVE = {"comparison", "gate", "metrics"}
 
 
 def write_report(
@@ -89,7 +90,7 @@ def page(
         data_section(data) if data else None,
         _recoveries(metrics),
         facts_section("Plan", plan),
-        facts_section("Version", card),
+        _version(card, compared),
         _run_file(run),
         tag("footer", f"Written by ftray {__version__}. The same as data: report.json, beside this file."),
     ]
@@ -137,14 +138,19 @@ def _tiles(compared: Comparison) -> Html:
 
 
 def _tile(row: Change) -> Html:
-    name = "Forgetting (general loss)" if row.metric == "general_loss" else METRICS[row.metric].label
+    """The tuned value large; of the general loss its rise, which is what forgetting means."""
+    shown, value = row.metric, written(row.metric, row.tuned)
+    below = join(tag("span", "base ", written(row.metric, row.base)), _changed(row))
+    if row.metric == "general_loss":
+        shown, value = "forgetting", written("forgetting", row.change, signed=True)
+        below = tag("span", "general loss ", written(row.metric, row.base), " → ", written(row.metric, row.tuned))
     return tag(
         "div",
-        tag("div", name, class_="name"),
-        tag("div", written(row.metric, row.tuned), class_="value"),
-        tag("div", tag("span", "base ", written(row.metric, row.base)), _changed(row), class_="from"),
+        tag("div", METRICS[shown].label, class_="name"),
+        tag("div", value, class_="value"),
+        tag("div", below, class_="from"),
         class_="card tile",
-        title=METRICS[row.metric].meaning,
+        title=METRICS[shown].meaning,
     )
 
 
@@ -153,10 +159,7 @@ def _scores(compared: Comparison) -> Html:
         tag("h2", "Scores"),
         tag("p", "Base and tuned model on the same held-out rows.", class_="note"),
         tag("div", _score_table(compared.rows), class_="card scroll"),
-        *(
-            join(tag("h3", name), tag("div", _score_table(rows), class_="card scroll"))
-            for name, rows in compared.tasks.items()
-        ),
+        _task_table(compared.tasks) if compared.tasks else None,
         _gate(compared.gate) if compared.gate else None,
     )
 
@@ -175,7 +178,7 @@ def _score_table(rows: Sequence[Change]) -> Html:
                 tag("td", written(row.metric, row.base), class_="n"),
                 tag("td", tag("b", written(row.metric, row.tuned)), class_="n"),
                 tag("td", _changed(row), class_="n"),
-                tag("td", shown),
+                tag("td", shown, class_="mid"),
                 tag("td", metric.meaning, class_="what"),
             )
         )
@@ -183,10 +186,28 @@ def _score_table(rows: Sequence[Change]) -> Html:
         "tr",
         tag("th", ""),
         *(tag("th", text, class_="n") for text in ("base", "tuned", "change")),
-        tag("th", ""),
+        tag("th", "0 – 100 %", class_="mid"),
         tag("th", "", class_="what"),
     )
     return tag("table", tag("thead", head), tag("tbody", *lines))
+
+
+def _task_table(tasks: Mapping[str, Sequence[Change]]) -> Html:
+    """One line per task, one column per metric: the tuned value over the base's."""
+    metrics = [name for name in METRICS if any(row.metric == name for rows in tasks.values() for row in rows)]
+    lines = []
+    for task, rows in tasks.items():
+        by_name = {row.metric: row for row in rows}
+        cells = (tag("td", _tuned_over_base(by_name[name]) if name in by_name else "", class_="n") for name in metrics)
+        lines.append(tag("tr", tag("td", task, class_="wrap"), *cells))
+    head = tag("tr", tag("th", "task"), *(tag("th", METRICS[name].label, class_="n") for name in metrics))
+    table = tag("table", tag("thead", head), tag("tbody", *lines))
+    return join(tag("h3", "By task: tuned, and the base below it"), tag("div", table, class_="card scroll"))
+
+
+def _tuned_over_base(row: Change) -> Html:
+    style = {True: "better", False: "worse", None: None}[row.better]
+    return join(tag("span", written(row.metric, row.tuned), class_=style), tag("small", written(row.metric, row.base)))
 
 
 def _changed(row: Change) -> Html | None:
@@ -206,7 +227,7 @@ def _gate(gate: Sequence[GateResult]) -> Html:
         if result.rule.endswith("base") and bound is not None:
             said += f", base {written(metric, bound)}"
         chip = tag("span", "✓ passed" if result.passed else "✗ failed", class_=_chip(result.passed))
-        lines.append(tag("li", chip, tag("code", result.rule), tag("span", said, class_="key-less")))
+        lines.append(tag("li", chip, tag("code", result.rule), tag("span", said)))
     return join(tag("h3", "Gate"), tag("div", tag("ul", *lines, class_="rules"), class_="card"))
 
 
@@ -225,18 +246,14 @@ def _curves(metrics: Sequence[Mapping[str, Any]], compared: Comparison | None) -
         line_chart(
             "Loss, nats per token",
             loss,
-            write=short,
+            smooth=True,
             reference=("base, held-out", base) if base is not None else None,
             marks=marks,
         )
     ]
-    for key, title in (
-        ("lr", "Learning rate"),
-        ("tokens_per_s", "Tokens per second"),
-        ("grad_norm", "Gradient norm"),
-    ):
+    for key, title in (("lr", "Learning rate"), ("tokens_per_s", "Tokens per second"), ("grad_norm", "Gradient norm")):
         series = [Series(title, _points(metrics, "train", key), "train")]
-        charts.append(line_chart(title, series, write=short, from_zero=True, marks=marks))
+        charts.append(line_chart(title, series, smooth=key != "lr", from_zero=True, marks=marks))
     drawn = [tag("div", chart, class_="card") for chart in charts if chart]
     return join(tag("h2", "Curves"), tag("div", *drawn, class_="cells two")) if drawn else None
 
@@ -287,6 +304,15 @@ def _recoveries(metrics: Sequence[Mapping[str, Any]]) -> Html | None:
     )
     table = tag("table", tag("thead", head), tag("tbody", *lines))
     return join(tag("h2", "Recoveries"), tag("div", table, class_="card scroll"))
+
+
+def _version(card: Mapping[str, Any], compared: Comparison | None) -> Html | None:
+    promote = None
+    if card.get("id"):
+        refused = " --force" if compared and not compared.passed else ""
+        command = tag("code", f"ftray adapters promote {card['id']}{refused}")
+        promote = tag("p", "To make it the one that is served: ", command, class_="note")
+    return facts_section("Version", {key: value for key, value in card.items() if key not in SHOWN_ABOVE}, promote)
 
 
 def _run_file(run: Mapping[str, Any]) -> Html | None:
