@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ DEBUG = "FTRAY_DEBUG"  # set to 1: a fixable error shows its traceback too
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 what the user can fix, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a '–' must not end a run on a terminal that cannot show it
     arguments = parser.parse(sys.argv[1:] if argv is None else argv)
     try:
         code = arguments.command(arguments)

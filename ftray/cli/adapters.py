@@ -89,7 +89,7 @@ def merge(arguments: argparse.Namespace) -> int:
         from ftray.models.load import load_config
         from ftray.models.merge import merge as write
 
-        model = _base(version, arguments.base)
+        model = _base(version, arguments)
         named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         dtype = named.get(arguments.dtype) or load_config(model).dtype or torch.bfloat16
         write(model, folder, out, dtype)
@@ -101,7 +101,7 @@ def export(arguments: argparse.Namespace) -> int:
     with _fetched(arguments) as (version, folder, out):
         from ftray.models.merge import export as write
 
-        write(_base(version, arguments.base), folder, out)
+        write(_base(version, arguments), folder, out)
         print(f"{version.id} exported: {out}")
     return 0
 
@@ -158,14 +158,17 @@ def _fetched(arguments: argparse.Namespace) -> Iterator[tuple[Version, Path, Pat
         yield version, registry.fetch(version, Path(scratch) / "version"), out
 
 
-def _base(version: Version, named: str | None) -> Model:
+def _base(version: Version, arguments: argparse.Namespace) -> Model:
     """The base that the card names, or the one given with --base; it must be the one that was trained on."""
     from ftray.config.schema import Model
     from ftray.models.load import fingerprint
 
     card = version.card
-    said = {key: card["model"][key] for key in ("revision", "trust_remote_code") if key in card.get("model", {})}
-    model = Model(**({"base": named} if named else {"base": card["base"], **said}))
+    model = Model(
+        base=arguments.base or card["base"],
+        revision=None if arguments.base else card.get("base_revision"),
+        trust_remote_code=arguments.trust_remote_code,
+    )
     expected = card.get("base_fingerprint")
     if expected and fingerprint(model) != expected:
         raise RegistryError(

@@ -145,7 +145,11 @@ def _runs(commands: argparse._SubParsersAction) -> None:
     _storage(command)
     _json(command)
     command = _command(
-        group, "show", runs.show, "one run: state, last metrics, resolved file", "ftray runs show coffee-bot"
+        group,
+        "show",
+        runs.show,
+        "one run: its state, last metrics, settings and run file",
+        "ftray runs show coffee-bot",
     )
     command.add_argument("name")
     _storage(command)
@@ -209,6 +213,7 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
     command.add_argument("--base", help=base)
+    command.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     command.add_argument(
         "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: the base's own"
     )
@@ -223,6 +228,7 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--out", required=True, metavar="FOLDER", help="new folder")
     command.add_argument("--base", help=base)
+    command.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
 
     command = add(
         "delete",

@@ -49,7 +49,7 @@ def show(arguments: argparse.Namespace) -> int:
         raise StorageError(f"no run {arguments.name!r} under {arguments.storage}; {hint}")
     state, metrics, holder = folder.state(), folder.metrics(), folder.holder()
     if arguments.json:
-        print(shown.as_json({"name": arguments.name, **state, "holder": holder, "metrics": metrics, "run": resolved}))
+        print(shown.as_json({"name": arguments.name, **state, "holder": holder, "metrics": metrics, **resolved}))
         return 0
     print(
         shown.pairs(
@@ -68,7 +68,10 @@ def show(arguments: argparse.Namespace) -> int:
     )
     if metrics:
         print(f"\nlast metrics\n{_last(metrics)}")
-    print(f"\nresolved run\n{dump(resolved)}", end="")
+    settings = resolved.get("settings") or {}
+    if settings:
+        print("\nwhat 'auto' became\n" + "\n".join(f"  {line}" for line in shown.pairs(settings).splitlines()))
+    print(f"\nrun file\n{dump(resolved['run'])}", end="")
     return 0
 
 

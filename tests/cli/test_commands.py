@@ -134,6 +134,14 @@ def test_init_refuses_a_name_the_registry_would_not_take(tmp_path, monkeypatch, 
     assert not os.listdir(tmp_path)
 
 
+def test_a_terminal_without_unicode_gets_a_substitute(tmp_path):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    argv = [sys.executable, "-m", "ftray.cli", "init", "--out", "-"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "full ? freeze ? lora" in done.stdout
+
+
 def test_a_closed_pipe_is_no_error(tmp_path):
     command = f"{sys.executable} -m ftray.cli init --out - | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

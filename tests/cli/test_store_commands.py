@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +28,8 @@ def root(tmp_path, monkeypatch) -> Path:
 
 def a_run(root: Path, name: str, **state) -> RunFolder:
     folder = RunFolder(Storage(str(root)), name)
-    folder.begin(run_from({"name": name, "data": {"sources": "x"}}).model_dump(mode="json"), fresh=False)
+    run = run_from({"name": name, "data": {"sources": "x"}}).model_dump(mode="json")
+    folder.begin({"run": run, "settings": {"zero": 2, "lr": 1e-3}, "base": "sha"}, fresh=False)
     folder.append_metrics([{"kind": "train", "step": step, "loss": 3.0 - step} for step in (1, 2)])
     folder.set_state(**state)
     return folder
@@ -55,8 +62,9 @@ def test_a_run_is_shown_with_its_last_metrics_and_a_run_file_that_trains_it_agai
     assert "a NaN at step 2" in shown
     assert "train: step 2  loss 1" in shown
     assert "driver   pid" in shown
+    assert "  zero  2\n  lr    0.001\n" in shown
     resolved = tmp_path / "again.yaml"
-    resolved.write_text(shown.partition("resolved run\n")[2])
+    resolved.write_text(shown.partition("run file\n")[2])
     from ftray.config.load import load_run
 
     assert load_run(resolved).name == "coffee"
@@ -137,6 +145,40 @@ def test_deleting_asks_and_is_refused_while_an_alias_points_there(root, tmp_path
     main(["adapters", "unalias", "coffee", "--alias", "canary"])
     assert main(["adapters", "delete", "coffee@v1", "--yes"]) == 0
     assert main(["adapters", "show", "coffee"]) == 2
+
+
+@pytest.fixture
+def asked(root, tmp_path):
+    """`ftray adapters delete coffee@v1` at a terminal, waiting for its answer, and the terminal's other end."""
+    publish(root, tmp_path / "a")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "ftray.cli", "adapters", "delete", "coffee@v1"]
+    child = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert child.stdout
+    assert child.stdout.read(len("Delete coffee@v1")) == "Delete coffee@v1"
+    yield child, ours
+    child.kill()
+    child.wait()
+    for end in (ours, theirs):
+        os.close(end)
+
+
+def test_at_a_terminal_deleting_asks_and_takes_no_for_an_answer(asked, root):
+    child, terminal = asked
+    os.write(terminal, b"n\n")
+    shown, _ = child.communicate(timeout=30)
+    assert (child.returncode, "Nothing deleted." in shown) == (0, True)
+    assert (root / "adapters/coffee/v1/COMPLETE.json").exists()
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(asked):
+    child, _ = asked
+    while child.poll() is None:  # a signal just before the read starts is noticed only by the next one
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(2)
+    shown, _ = child.communicate()
+    assert (child.returncode, shown.splitlines()[-1]) == (130, "ftray: interrupted")
 
 
 @pytest.mark.parametrize("command", ["show", "promote", "delete --yes", "merge --out x", "export --out x"])
