@@ -18,6 +18,8 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
+from ftray.models.attention import NAME as PACKED_ATTENTION
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -216,7 +218,7 @@ def _unwrapped(model: Any) -> Any:
 def _answering(model: Any) -> Iterator[None]:
     """No gradients, no dropout, and an attention that knows padding; all put back at the end."""
     was_training, attention = model.training, model.config._attn_implementation
-    packed_only = attention == "ftray_varlen"
+    packed_only = attention == PACKED_ATTENTION
     model.eval()
     if packed_only:
         model.set_attn_implementation("sdpa")

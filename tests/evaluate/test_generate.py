@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ftray.evaluate.generate import answer_questions, stop_ids
+from ftray.models.attention import NAME, register
 
 WORDS = 200
 PAD, EOS, TURN = 0, 1, 2
@@ -221,3 +222,13 @@ def test_synced_ranks_make_equally_many_forwards(llama, tokenizer, tmp_path):
     assert few == answer_questions(llama, tokenizer, asked(8)[:2], max_new_tokens=4)
     assert many == answer_questions(llama, tokenizer, asked(8), max_new_tokens=13)
     assert none == []
+
+
+def test_a_model_that_trains_packed_still_answers_padded_rows(llama, tokenizer):
+    questions = asked(6)
+    expected = answer_questions(llama, tokenizer, questions, max_new_tokens=NEW)
+    llama.set_attn_implementation(register())
+    assert answer_questions(llama, tokenizer, questions, max_new_tokens=NEW) == expected
+    peft = get_peft_model(llama, LoraConfig(r=4, target_modules="all-linear"))  # begins as the base
+    assert answer_questions(peft, tokenizer, questions, max_new_tokens=NEW) == expected
+    assert llama.config._attn_implementation == NAME
