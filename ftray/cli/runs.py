@@ -7,7 +7,7 @@ import difflib
 from typing import Any
 
 from ftray.cli import show as shown
-from ftray.errors import StorageError
+from ftray.errors import ConfigError, StorageError
 
 
 def list_(arguments: argparse.Namespace) -> int:
@@ -35,7 +35,6 @@ def list_(arguments: argparse.Namespace) -> int:
 
 
 def show(arguments: argparse.Namespace) -> int:
-    from ftray.config.document import dump
     from ftray.store.paths import Storage
     from ftray.store.runs import RunFolder, list_runs
 
@@ -71,8 +70,18 @@ def show(arguments: argparse.Namespace) -> int:
     settings = resolved.get("settings") or {}
     if settings:
         print("\nwhat 'auto' became\n" + "\n".join(f"  {line}" for line in shown.pairs(settings).splitlines()))
-    print(f"\nrun file\n{dump(resolved['run'])}", end="")
+    print(f"\nrun file\n{_run_file(resolved['run'])}", end="")
     return 0
+
+
+def _run_file(resolved: dict[str, Any]) -> str:
+    from ftray.config.document import dump
+    from ftray.config.load import dump_run, run_from
+
+    try:
+        return dump_run(run_from(resolved))  # in the order of the schema
+    except ConfigError:  # kept by a release with other keys
+        return dump(resolved)
 
 
 def _status(run: dict[str, Any], *, live: bool) -> str | None:

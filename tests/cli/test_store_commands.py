@@ -62,7 +62,8 @@ def test_a_run_is_shown_with_its_last_metrics_and_a_run_file_that_trains_it_agai
     assert "a NaN at step 2" in shown
     assert "train: step 2  loss 1" in shown
     assert "driver   pid" in shown
-    assert "  zero  2\n  lr    0.001\n" in shown
+    assert "  lr    0.001\n  zero  2\n" in shown
+    assert shown.index("\nname: coffee\n") < shown.index("\nmodel:\n") < shown.index("\ndata:\n")
     resolved = tmp_path / "again.yaml"
     resolved.write_text(shown.partition("run file\n")[2])
     from ftray.config.load import load_run
