@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# On a 5 M-parameter Llama and one core, 8 rows at once took 6.1 s, 16 4.1 s, 32 3.5 s and 64 3.1 s: little is left to gain.
+# 64 questions to a 5 M-parameter Llama on one core: 6.1 s with 8 rows at once, 4.1 with 16, 3.5 with 32, 3.1 with 64.
 MAX_ROWS = 64
 CPU_BYTES = 1 << 30
 GPU_SHARE = 0.6
