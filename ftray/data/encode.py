@@ -50,6 +50,15 @@ class Chunk:
     shots: dict[int, list[Item]] = field(default_factory=dict)
 
 
+class Question(NamedTuple):
+    """A held-out prompt, generation prompt included, the answer expected of it, and the row it came from."""
+
+    prompt_ids: list[int]
+    answer: str
+    row: str
+    task: str
+
+
 @dataclass
 class Asked:
     """A held-out prompt, generation prompt included, and the answer expected of it."""

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ftray.config.schema import Data, Pretrain, Sft
 from ftray.data import sources
 from ftray.data.build import Build
-from ftray.data.encode import Asked, Chunk, Encoded, Encoder
+from ftray.data.encode import Asked, Chunk, Encoded, Encoder, Question
 from ftray.data.report import DataReport, histogram, marked_text
 from ftray.data.tokens import TokenStore, TokenWriter
 from ftray.errors import DataError
@@ -34,15 +34,6 @@ class Storage(Protocol):
     def exists(self, key: str) -> bool: ...
     def upload(self, local_folder: Path, key: str) -> Any: ...
     def download(self, key: str, into: Path) -> Path: ...
-
-
-class Question(NamedTuple):
-    """A held-out prompt, generation prompt included, the answer expected of it, and the row it came from."""
-
-    prompt_ids: list[int]
-    answer: str
-    row: str
-    task: str
 
 
 @dataclass(frozen=True)
