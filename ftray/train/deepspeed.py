@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ftray.config.schema import Optim
-from ftray.train.resolve import Layout
+from ftray.train.layout import Layout
 
 NO_DECAY = ("bias", "norm.weight", "layernorm.weight", "ln_f.weight", "ln_1.weight", "ln_2.weight")
 

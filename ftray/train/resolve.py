@@ -2,22 +2,132 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ftray.config.schema import Method, Run, Scale
+from ftray.errors import ClusterError, ConfigError, ModelError
+from ftray.models.load import Shape
+from ftray.train import plan
+from ftray.train.layout import Layout, Node
+
+CPU_TOKENS = 4096  # tokens of a micro-batch on CPUs: more gained nothing on two cores
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a run is placed and cut. None of it changes the gradient. Plain data: it travels to the workers."""
+def place(scale: Scale, nodes: Sequence[Node]) -> tuple[float, float]:
+    """(gpus, cpus) per worker, with `auto` resolved to what lets all workers start at once.
 
-    workers: int
-    device: str  # cpu or cuda
-    gpus_per_worker: float
-    cpus_per_worker: float
-    zero: int
-    offload: str  # none, cpu, nvme
-    nvme_path: str | None
-    dtype: str  # fp32, bf16, fp16
-    attention: str
-    packing: bool
-    micro_batch_size: int
-    gradient_checkpointing: bool
+    Raises ClusterError at once when they cannot: Ray would wait in silence for nodes that never come.
+    """
+    gpus = scale.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1.0 if any(node.gpus for node in nodes) else 0.0
+    cpus = scale.cpus_per_worker
+    candidates = [cpus] if cpus != "auto" else [float(c) for c in range(16, 0, -1)]
+    for candidate in candidates:
+        if _seats(nodes, gpus, candidate) >= scale.workers:
+            return gpus, candidate
+    raise ClusterError(_too_many(scale, nodes, gpus=gpus, cpus=candidates[-1]))
+
+
+def _seats(nodes: Sequence[Node], gpus: float, cpus: float) -> int:
+    return sum(int(min(n.cpus / cpus + 1e-9, (n.gpus / gpus + 1e-9) if gpus else n.cpus / cpus + 1e-9)) for n in nodes)
+
+
+def _too_many(scale: Scale, nodes: Sequence[Node], *, gpus: float, cpus: float) -> str:
+    seats = _seats(nodes, gpus, cpus)
+    need = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    have = ", ".join(f"{n.name}: {n.cpus:g} CPU" + (f" {n.gpus:g} GPU" if n.gpus else "") for n in nodes) or "no nodes"
+    way_out = f"set scale.workers: {seats}" if seats else "add nodes"
+    smaller = ", or a smaller cpus_per_worker" if seats < scale.workers and not gpus else ", or add nodes"
+    return (
+        f"scale.workers: {scale.workers} workers with {need} each, and the cluster has room for {seats} ({have}); "
+        f"{way_out}{smaller if seats else ''}"
+    )
+
+
+def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool) -> Layout:
+    """The layout of a run on these nodes. `packs`: the model keeps packed examples apart."""
+    scale, method = run.scale, run.method
+    gpus, cpus = place(scale, nodes)
+    device = "cuda" if gpus else "cpu"
+    dtype = run.model.dtype
+    if dtype == "auto":
+        dtype = "bf16" if device == "cuda" else "fp32"
+    if dtype == "fp16" and device == "cpu":
+        raise ClusterError("model.dtype: fp16 needs GPUs; use fp32 or bf16 here")
+    if run.data.packing == "on" and not packs:
+        raise ModelError(f"data.packing: {run.model.base} would let packed examples see each other; use auto or off")
+    packing = packs and run.data.packing != "off"
+    attention = run.model.attention
+    if attention == "auto":
+        attention = "ftray_varlen" if packing else "sdpa"
+    elif packing and attention in ("eager", "sdpa"):
+        packing = False  # those kernels know no packed rows
+    layout = Layout(
+        workers=scale.workers,
+        device=device,
+        gpus_per_worker=gpus,
+        cpus_per_worker=cpus,
+        zero=0,
+        offload=scale.offload,
+        nvme_path=scale.nvme_path,
+        dtype=dtype,
+        attention=attention,
+        packing=packing,
+        micro_batch_size=1,
+        gradient_checkpointing=scale.gradient_checkpointing is True,
+    )
+    memory = min((node.gpu_bytes for node in nodes if node.gpus), default=0) if device == "cuda" else 0
+    layout = replace(layout, zero=_zero(run, layout, shape, memory))
+    if dtype == "fp16" and layout.zero == 0:
+        raise ConfigError(run.name, [("scale.zero", "fp16 keeps its fp32 copy in ZeRO; use zero: 1 or more, or bf16")])
+    return _sized(run, layout, shape, memory, method)
+
+
+def _zero(run: Run, layout: Layout, shape: Shape, memory: int) -> int:
+    """ZeRO 2 spreads what learns; 3 spreads the weights too and talks more, so only where 2 does not fit."""
+    scale = run.scale
+    if scale.zero != "auto":
+        return scale.zero
+    if run.optim.optimizer != "adamw":
+        return 0
+    if scale.offload != "none":
+        return 3 if scale.offload == "nvme" else 2
+    least = 1 if layout.dtype == "fp16" else 0
+    if scale.workers == 1:
+        return least
+    if memory and not getattr(run.method, "bits", None):
+        used = plan.predict(
+            shape,
+            method=run.method,
+            layout=replace(layout, zero=2, gradient_checkpointing=True),
+            optimizer=run.optim.optimizer,
+            max_length=run.data.max_length,
+        )
+        if used.total > 0.9 * memory:
+            return 3
+    return 2
+
+
+def _sized(run: Run, layout: Layout, shape: Shape, memory: int, method: Method) -> Layout:
+    """Micro-batch size and gradient checkpointing: the largest that is predicted to fit; on CPUs what caches like."""
+    each = -(-run.optim.batch_size // layout.workers)
+    micro, checkpointing = run.optim.micro_batch_size, run.scale.gradient_checkpointing
+    if not memory:
+        chosen = min(each, max(1, CPU_TOKENS // run.data.max_length)) if micro == "auto" else micro
+        return replace(layout, micro_batch_size=chosen, gradient_checkpointing=checkpointing is True)
+    for recompute in (False, True) if checkpointing == "auto" else (checkpointing,):
+        tried = replace(layout, gradient_checkpointing=recompute)
+        largest = plan.largest_micro_batch(
+            shape,
+            method=method,
+            layout=tried,
+            optimizer=run.optim.optimizer,
+            max_length=run.data.max_length,
+            device_bytes=memory,
+            per_worker_examples=each,
+        )
+        if largest and (micro == "auto" or largest >= micro):
+            return replace(tried, micro_batch_size=largest if micro == "auto" else micro)
+    return replace(layout, micro_batch_size=1 if micro == "auto" else micro, gradient_checkpointing=checkpointing is not False)

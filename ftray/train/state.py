@@ -149,3 +149,8 @@ def _set_moment(engine, parameter, name: str, value: torch.Tensor) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state
 
     safe_set_full_optimizer_state(parameter, value.float(), name)
+
+
+def numel(parameter: torch.nn.Parameter) -> int:
+    """Number of weights of a parameter, sharded or not."""
+    return _shape(parameter).numel()

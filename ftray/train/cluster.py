@@ -1,0 +1,186 @@
+"""The Ray cluster a run uses: reaching it, what it has, and whether every node sees the same storage."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
+
+from ftray.errors import ClusterError, StorageError
+from ftray.store.paths import Storage
+from ftray.train.layout import Node
+
+AHEAD = 8  # chunks of rows in flight per CPU
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at `address`, the one around us (RAY_ADDRESS, `ray job submit`), or start one on this machine."""
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address or "RAY_ADDRESS" in os.environ else False,
+            # Idle OpenMP threads give their core away: workers share it with Ray and with each other.
+            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "true"}},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise ClusterError(
+            f"no Ray cluster at {where}: {str(error).splitlines()[0]}; start one with `ray start --head`, "
+            "or leave scale.address out to use this machine alone"
+        ) from error
+
+
+def nodes() -> list[Node]:
+    """The living nodes of the connected cluster."""
+    import ray
+
+    found = []
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        have = node["Resources"]
+        kind = next((key.split(":", 1)[1] for key in have if key.startswith("accelerator_type:")), "")
+        found.append(
+            Node(
+                name=node["NodeManagerAddress"],
+                cpus=have.get("CPU", 0.0),
+                gpus=have.get("GPU", 0.0),
+                gpu_kind=kind,
+                ram_bytes=int(have.get("memory", 0)),
+            )
+        )
+    return _with_gpu_memory(found)
+
+
+def this_machine() -> list[Node]:
+    """This machine as the only node, without starting Ray."""
+    import psutil
+
+    gpus = _gpu_memory()
+    return [
+        Node(
+            name="this machine",
+            cpus=float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+            gpus=float(len(gpus)),
+            gpu_bytes=min(gpus, default=0),
+            ram_bytes=psutil.virtual_memory().total,
+        )
+    ]
+
+
+def _with_gpu_memory(found: list[Node]) -> list[Node]:
+    from dataclasses import replace
+
+    import ray
+
+    if not any(node.gpus for node in found):
+        return found
+    ask = ray.remote(num_cpus=0, num_gpus=0.01)(_gpu_memory)
+    answers = []
+    for node in found:
+        if node.gpus:
+            answers.append(ask.options(resources={f"node:{node.name}": 0.001}).remote())
+    sizes: Iterator[list[int]] = iter(ray.get(answers, timeout=120))
+    return [replace(node, gpu_bytes=min(next(sizes), default=0)) if node.gpus else node for node in found]
+
+
+def _gpu_memory() -> list[int]:
+    """Bytes of each GPU of this machine; empty where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [int(line) * 2**20 for line in output.split()]
+    return []
+
+
+def check_storage(storage: Storage) -> None:
+    """Every node must see what the driver writes, and the driver what every node writes. StorageError names the nodes."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) < 2:
+        return
+    token = secrets.token_hex(8)
+    key = f"probes/{token}"
+    storage.write_bytes(f"{key}/driver", token.encode())
+    try:
+        ask = ray.remote(num_cpus=0, max_retries=0)(_sees)
+        asked = {}
+        for node in alive:
+            name = node["NodeManagerAddress"]
+            pinned = ask.options(label_selector={"ray.io/node-id": node["NodeID"]})
+            asked[f"{name} ({node['NodeID'][:6]})"] = pinned.remote(storage.root, key, node["NodeID"])
+        blind = []
+        for name, answer in asked.items():
+            problem = ray.get(answer, timeout=120)
+            if problem is None and not storage.exists(f"{key}/{name.split('(')[1][:6]}"):
+                problem = "what it writes does not arrive here"
+            if problem:
+                blind.append(f"{name}: {problem}")
+        if blind:
+            raise StorageError(
+                f"storage {storage.root} is not the same from every node: {'; '.join(blind)}. Set storage to a folder "
+                "that every node mounts, or to s3:// or gs://"
+            )
+    finally:
+        storage.remove(key)
+
+
+def _sees(root: str, key: str, node: str) -> str | None:
+    """On a node: the probe can be read, and answered. Returns what is wrong, or None."""
+    try:
+        storage = Storage(root)
+        if not storage.exists(f"{key}/driver"):
+            return "does not see what the driver writes"
+        storage.write_bytes(f"{key}/{node[:6]}", b"seen")
+    except (StorageError, OSError) as error:
+        return str(error)
+    return None
+
+
+def spread_over_cpus(fn: Callable[[Any], Any], chunks: Iterable[Any]) -> Iterator[Any]:
+    """`map` over the cluster's CPUs, results in order, a few chunks ahead so that memory stays small."""
+    import ray
+
+    shared = ray.put(fn)
+    task = ray.remote(num_cpus=1)(_apply)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    source = iter(chunks)
+    flying = [task.remote(shared, chunk) for chunk in islice(source, AHEAD * cpus)]
+    while flying:
+        yield ray.get(flying.pop(0))
+        flying += [task.remote(shared, chunk) for chunk in islice(source, 1)]
+
+
+def _apply(fn: Callable[[Any], Any], chunk: Any) -> Any:
+    return fn(chunk)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing but our own lines on the terminal: libraries log to Ray's files."""
+    import logging
+    import warnings
+
+    for name in ("ray", "ray.train", "ray.data", "transformers", "datasets", "deepspeed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,80 @@
+"""What is known of a run before any worker is placed: its base and its prepared data, both checked."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config.schema import Run, Source
+from ftray.data import sources
+from ftray.data.prepare import Prepared, prepare
+from ftray.models.load import Shape
+from ftray.store.paths import Storage
+from ftray.train import cluster
+
+SMALL_BYTES = 64 * 2**20  # below that, tokenising here is quicker than shipping rows to other processes
+
+
+@dataclass(frozen=True)
+class Known:
+    """`base` is its fingerprint; `packs`: it keeps packed examples apart."""
+
+    base: str
+    shape: Shape
+    packs: bool
+    data: Prepared
+
+    @classmethod
+    def of(cls, run: Run, storage: Storage, *, ray_ready: Callable[[], None] | None = None) -> Known:
+        """Read, check and prepare. With `ray_ready`, which waits for the cluster, large data is tokenised on its CPUs."""
+        from ftray.evaluate.suites import check_labels
+        from ftray.models import adapt, attention, load
+
+        config = load.load_config(run.model)
+        adapt.check_method(config, run.method)
+        tokenizer = load.load_tokenizer(run.model)
+        large = ray_ready is not None and _bytes(run.data.sources) > SMALL_BYTES
+        if ray_ready is not None and large:
+            ray_ready()
+        data = prepare(
+            run.data,
+            objective=run.objective,
+            tokenizer=tokenizer,
+            fingerprint=tokenizer_fingerprint(tokenizer),
+            seed=run.seed,
+            storage=storage,
+            map_chunks=cluster.spread_over_cpus if large else None,
+        )
+        if run.evaluate.labels:
+            check_labels(run.evaluate.labels, [q.answer for q in data.questions], [q.row for q in data.questions])
+        return cls(
+            base=load.fingerprint(run.model),
+            shape=Shape.from_config(config),
+            packs=attention.supports_packing(load.meta_model(config)),
+            data=data,
+        )
+
+
+def _bytes(wanted: Sequence[Source]) -> float:
+    """Size of the sources on this machine; infinite where one lies elsewhere."""
+    total = 0.0
+    for source in wanted:
+        if source.path.startswith("builtin:"):
+            continue
+        if "://" in source.path or not Path(source.path).exists():
+            return math.inf
+        total += sum(os.path.getsize(file.path) for file in sources.files(source))
+    return total
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Changes whenever the same text could become other tokens."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+    text = f"{rules}\n{tokenizer.chat_template}\n{sorted(tokenizer.special_tokens_map.items())}"
+    return hashlib.sha256(text.encode()).hexdigest()

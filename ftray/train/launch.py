@@ -1,0 +1,311 @@
+"""`ftray train`, `ftray check` and `ftray evaluate`, from the driver's side: everything that can be known is known
+before workers start; then Ray Train places them, and what they leave in storage becomes a version and a report."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftray import errors
+from ftray.config.schema import Run
+from ftray.errors import ConfigError, FtrayError, TrainError
+from ftray.store.paths import Storage
+from ftray.store.runs import RunFolder
+from ftray.train import cluster, plan, resolve
+from ftray.train.known import Known
+from ftray.train.layout import Layout, Node
+from ftray.train.progress import Display, Events, Follower
+from ftray.train.publish import conclude
+from ftray.train.schedule import Schedule, course
+from ftray.train.track import open_trackers
+from ftray.train.worker import Job, entry
+
+# What may differ when a run is resumed: where it runs and what is logged, not what is learnt.
+MAY_CHANGE = {"scale", "track", "storage"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left. `version` is its id in the registry, `comparison` as of evaluate/compare.py."""
+
+    run: str
+    version: str | None
+    report: str | None
+    comparison: dict[str, Any]
+    seconds: float
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `ftray check` found out. `ok`: the run fits what there is."""
+
+    run: dict[str, Any]
+    data: Any
+    plan: plan.Plan
+    layout: Layout
+    schedule: Schedule
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.plan.fits
+
+    def lines(self) -> list[str]:
+        chosen = "  ".join(f"{name} {value}" for name, value in self.settings.items())
+        return [*self.data.lines(), "", f"Settings  {chosen}", "", *self.plan.lines()]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "data": self.data.to_json(),
+            "plan": self.plan.to_json(),
+            "settings": self.settings,
+            "ok": self.ok,
+        }
+
+
+def train(run: Run, *, fresh: bool = False, as_json: bool = False) -> Outcome:
+    """Run to the end, or resume it by name. Raises FtrayError for what the user can fix."""
+    with cluster.quiet():
+        return _train(run, fresh=fresh, say=_silent if as_json else _say, silent=as_json)
+
+
+def check(run: Run) -> CheckResult:
+    """Data, base, method and fit, on the cluster that `scale.address` or RAY_ADDRESS names, else on this machine."""
+    import os
+
+    with cluster.quiet():
+        storage = _storage(run)
+        known = Known.of(run, storage)
+        if run.scale.address or os.environ.get("RAY_ADDRESS"):
+            cluster.connect(run.scale.address)
+            nodes = cluster.nodes()
+            cluster.check_storage(storage)
+        else:
+            nodes = cluster.this_machine()
+        return _resolve(run, known, nodes)
+
+
+def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
+    began = time.monotonic()
+    storage = _storage(run)
+    folder = RunFolder(storage, run.name)
+    with folder.lease():
+        if not fresh and (finished := _finished(run, folder, began)):
+            say(f"Run {run.name} is finished; `--fresh` starts it over.")
+            return finished
+        ray_ready = _connecting(run.scale.address)
+        known = Known.of(run, storage, ray_ready=ray_ready)
+        ray_ready()
+        checked = _resolve(run, known, cluster.nodes())
+        cluster.check_storage(storage)
+        say("\n".join(checked.lines()))
+        if not checked.ok:
+            say("This is predicted not to fit; it is tried all the same.")
+        resolved = {"run": run.model_dump(mode="json"), "settings": checked.settings, "base": known.base}
+        resumed = not fresh and folder.resolved() is not None
+        folder.begin(resolved, fresh=fresh)
+        folder.set_state(status="training", total_steps=checked.schedule.steps)
+        try:
+            _fit(run, storage, folder, known, checked, silent=silent)
+            folder.set_state(status="evaluating")
+            version, report, comparison = conclude(run, storage, folder, known=known, checked=checked)
+        except FtrayError as error:
+            folder.set_state(status="failed", error=str(error))
+            raise
+        folder.set_state(status="done", version=version, report=report, comparison=comparison, error=None)
+        return Outcome(run.name, version, report, comparison, time.monotonic() - began, resumed)
+
+
+def _resolve(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
+    from ftray.data.order import epoch_rows
+    from ftray.models.adapt import default_lr
+
+    layout = resolve.lay_out(run, nodes=nodes, shape=known.shape, packs=known.packs)
+    lr = default_lr(run.method, known.shape.parameters) if run.optim.lr == "auto" else run.optim.lr
+    store = known.data.train
+    schedule = course(
+        run.optim,
+        lr=lr,
+        rows=epoch_rows(store, [source.weight for source in run.data.sources]),
+        seed=run.seed,
+        checkpoint_every=run.scale.checkpoint_every,
+        eval_every=run.evaluate.every,
+        log_every=run.track.log_every,
+    )
+    tokens = round(store.tokens / max(1, len(store)) * run.optim.batch_size)
+    predicted = plan.make(
+        known.shape,
+        method=run.method,
+        layout=layout,
+        optimizer=run.optim.optimizer,
+        max_length=run.data.max_length,
+        nodes=nodes,
+        steps=schedule.steps,
+        tokens_per_step=tokens,
+    )
+    settings = {
+        "device": layout.device,
+        "workers": layout.workers,
+        "cpus_per_worker": layout.cpus_per_worker,
+        "gpus_per_worker": layout.gpus_per_worker,
+        "dtype": layout.dtype,
+        "zero": layout.zero,
+        "packing": layout.packing,
+        "attention": layout.attention,
+        "micro_batch_size": layout.micro_batch_size,
+        "gradient_checkpointing": layout.gradient_checkpointing,
+        "lr": schedule.lr,
+        "steps": schedule.steps,
+        "checkpoint_every": schedule.checkpoint_every,
+        "eval_every": schedule.eval_every,
+    }
+    return CheckResult(run.model_dump(mode="json"), known.data.report, predicted, layout, schedule, settings)
+
+
+def _fit(run: Run, storage: Storage, folder: RunFolder, known: Known, checked: CheckResult, *, silent: bool) -> None:
+    """Place the workers and follow them to the end. Ray restarts the group after a lost worker or node."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    events = ray.remote(num_cpus=0)(Events).remote()
+    job = Job(
+        run=run.model_dump(mode="json"),
+        layout=checked.layout,
+        schedule=checked.schedule,
+        data_key=known.data.key,
+        base=known.base,
+        born=folder.state()["born"],
+        run_key=folder.key,
+        events=events,
+    )
+    resources = {"CPU": checked.layout.cpus_per_worker}
+    if checked.layout.gpus_per_worker:
+        resources["GPU"] = checked.layout.gpus_per_worker
+    trainer = TorchTrainer(
+        entry,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=checked.layout.workers,
+            use_gpu=checked.layout.device == "cuda",
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            # A name of its own for each start: recovery is ours, by the checkpoints of the run.
+            name=f"{run.name}-{int(time.time() * 1000)}",
+            storage_path=storage.uri(f"{folder.key}/ray"),
+            failure_config=FailureConfig(max_failures=run.scale.retries),
+        ),
+        torch_config=TorchConfig(backend="nccl" if checked.layout.device == "cuda" else "gloo"),
+    )
+    with ExitStack() as stack:
+        first = max((row.get("step", 0) for row in folder.metrics() if row.get("kind") == "checkpoint"), default=0)
+        sinks = open_trackers(run, storage, folder.key, stack, first=first)
+        display = stack.enter_context(Display(checked.schedule.steps, silent=silent))
+        stack.enter_context(Follower(events, folder, sinks=[display.show, *sinks]))
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            _raise_verdict(folder)
+            raise TrainError(_last_words(run, folder, error)) from error
+    _raise_verdict(folder)
+    storage.remove(f"{folder.key}/ray")
+
+
+def _raise_verdict(folder: RunFolder) -> None:
+    if verdict := folder.verdict():
+        raise getattr(errors, verdict["kind"])(verdict["message"])
+
+
+def _last_words(run: Run, folder: RunFolder, error: BaseException) -> str:
+    causes = []
+    chain: BaseException | None = error
+    while chain is not None:
+        causes.append(chain)
+        chain = chain.__cause__
+    failures = getattr(error, "worker_failures", None) or {}
+    deepest = next(iter(failures.values()), causes[-1])
+    text = str(deepest).strip().splitlines()
+    reason = text[-1] if text else type(deepest).__name__
+    return (
+        f"run {run.name} failed {run.scale.retries + 1} times, last with: {reason}\n"
+        f"Its checkpoints are kept: the same command resumes it. Workers' logs are below /tmp/ray/session_latest/logs/train."
+    )
+
+
+def _finished(run: Run, folder: RunFolder, began: float) -> Outcome | None:
+    """The outcome, if this run was finished before; raises ConfigError when another run of this name was begun."""
+    before = folder.resolved()
+    if before is None:
+        return None
+    mine = run.model_dump(mode="json")
+    if changed := _differences(before["run"], mine):
+        problems = [(key, f"was {old!r}, now {new!r}") for key, old, new in changed]
+        way_out = f"run {run.name} was begun with other settings; `--fresh` starts it over, another name keeps both"
+        raise ConfigError(run.name, [*problems, ("", way_out)])
+    state = folder.state()
+    if state.get("status") != "done":
+        return None
+    return Outcome(
+        run.name, state.get("version"), state.get("report"), state["comparison"], time.monotonic() - began, True
+    )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    found = []
+    for section in sorted(before.keys() | now.keys()):
+        old, new = before.get(section), now.get(section)
+        if section in MAY_CHANGE or old == new:
+            continue
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            found.append((section, old, new))
+            continue
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and (section, key) != ("optim", "micro_batch_size"):
+                found.append((f"{section}.{key}", old.get(key), new.get(key)))
+    return found
+
+
+def _storage(run: Run) -> Storage:
+    storage = Storage(run.storage)
+    storage.probe()
+    return storage
+
+
+def _connecting(address: str | None) -> Callable[[], None]:
+    """Connect to Ray in a thread, while data is prepared; the returned function waits for it and raises its error."""
+    problems: list[FtrayError] = []
+    connected = threading.Event()
+
+    def work() -> None:
+        try:
+            cluster.connect(address)
+        except FtrayError as error:
+            problems.append(error)
+        connected.set()
+        # A local cluster's processes are told to end with the thread that started them, so it never does.
+        threading.Event().wait()
+
+    def ready() -> None:
+        connected.wait()
+        if problems:
+            raise problems[0]
+
+    threading.Thread(target=work, name="ftray-connect", daemon=True).start()
+    return ready
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass

@@ -1,0 +1,121 @@
+"""What the driver does with a worker's rows: keep them, show them, pass them to trackers."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ftray.store.runs import RunFolder
+
+POLL_S = 0.5
+LINE_EVERY_S = 10.0  # where the output is no terminal
+
+
+class Events:
+    """An actor without a CPU of its own that holds rows until the driver fetches them."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def put(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def take(self) -> list[dict[str, Any]]:
+        rows, self.rows = self.rows, []
+        return rows
+
+
+class Follower:
+    """Fetches rows from the actor in a thread, until `with` ends."""
+
+    def __init__(self, events, folder: RunFolder, *, sinks: list[Callable[[list[dict[str, Any]]], None]]):
+        self.events, self.folder, self.sinks = events, folder, sinks
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="ftray-follower", daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+
+    def _follow(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        last = False
+        while not last:
+            last = self._stop.wait(POLL_S)
+            try:
+                rows = ray.get(self.events.take.remote(), timeout=30)
+            except RayError:  # the actor's node died: rows of the last half second are lost, the run is not
+                return
+            if rows:
+                self.folder.append_metrics(rows)
+                for sink in self.sinks:
+                    sink(rows)
+
+
+class Display:
+    """A live line in a terminal, plain lines elsewhere, nothing for `--json`."""
+
+    def __init__(self, steps: int, *, silent: bool = False):
+        self.steps = steps
+        self.silent = silent
+        self.terminal = sys.stderr.isatty() and not silent
+        self._said = 0.0
+        self._bar = None
+        self._task = None
+
+    def __enter__(self) -> Display:
+        if self.terminal:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=self.steps, numbers="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            kind = row["kind"]
+            if kind == "train":
+                self._step(row)
+            elif kind == "eval":
+                self._say(f"step {row['step']}: held-out loss {row['loss']:.4f}")
+            elif kind == "started":
+                how = f"resumed after step {row['step']}" if row["resumed"] else "workers ready"
+                self._say(f"{how} ({row['seconds']:.0f} s)")
+            elif kind in ("phase", "warning"):
+                self._say(row["text"])
+
+    def _step(self, row: dict[str, Any]) -> None:
+        numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, description="training", completed=row["step"], numbers=numbers)
+        elif time.monotonic() - self._said > LINE_EVERY_S or row["step"] == self.steps:
+            self._said = time.monotonic()
+            self._say(f"step {row['step']}/{self.steps}  {numbers}")
+
+    def _say(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        elif not self.silent:
+            print(text, file=sys.stderr, flush=True)

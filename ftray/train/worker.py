@@ -1,0 +1,333 @@
+"""What runs in each training process: build the model, resume, step, checkpoint, evaluate, hand over the result.
+
+`train_loop` is what Ray Train calls. It gets plain data (`Job`) and builds its own objects from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config.schema import Run
+from ftray.errors import FtrayError, TrainError
+from ftray.train.layout import Layout
+from ftray.train.schedule import Schedule, Windows
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs to know, as plain data. `events`: a Ray actor that takes rows for the log, or None."""
+
+    run: dict[str, Any]
+    layout: Layout
+    schedule: Schedule
+    data_key: str
+    base: str  # fingerprint of the base, which every node must agree on
+    born: str
+    run_key: str
+    events: Any = None
+
+
+def train_loop(job: Job) -> None:
+    """Ray Train's entry. Errors that the user can fix become a verdict in the run's folder instead of restarts."""
+    started = time.monotonic()
+    import ray.train
+
+    from ftray.store.paths import Storage
+    from ftray.store.runs import RunFolder
+
+    run = Run.model_validate(job.run)
+    storage = Storage(run.storage)
+    rank = ray.train.get_context().get_world_rank()
+    try:
+        _Worker(job, run, storage, started).train()
+    except FtrayError as error:
+        # All workers meet the same error at the same point, or are told of it; a restart would only meet it again.
+        if rank == 0:
+            RunFolder(storage, run.name).set_verdict(type(error).__name__, str(error))
+
+
+class _Worker:
+    def __init__(self, job: Job, run: Run, storage, started: float):
+        import ray.train.torch
+        import torch
+        import torch.distributed as dist
+
+        from ftray.data.prepare import open_prepared
+        from ftray.store.checkpoints import Checkpoints
+        from ftray.train.deepspeed import init_distributed
+        from ftray.train.keeper import Keeper
+
+        self.job, self.run, self.storage, self.started = job, run, storage, started
+        self.layout, self.schedule = job.layout, job.schedule
+        init_distributed(self.layout.device)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = ray.train.torch.get_device() if self.layout.device == "cuda" else torch.device("cpu")
+        self.data = open_prepared(storage, job.data_key, Path(tempfile.gettempdir(), "ftray-data"))
+        self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
+        self.keeper = Keeper(
+            Checkpoints(storage, run.name, job.born),
+            keep=run.scale.keep_checkpoints,
+            meta={"workers": self.world, "zero": self.layout.zero},
+            log=self.log,
+        )
+
+    def train(self) -> None:
+        from ftray.train.watch import Watchdog
+
+        with Watchdog(self.run.scale.hang_timeout_s, self._hung) as self.watchdog:
+            self._build()
+            first = self._resume()
+            self._before(first)
+            for step in range(first, self.schedule.steps):
+                self._step(step)
+            self.keeper.finish()
+            self._hand_over()
+
+    # building
+
+    def _build(self) -> None:
+        import torch
+
+        from ftray.models.adapt import adapt, trainable
+        from ftray.models.load import load_base, load_tokenizer
+        from ftray.train.deepspeed import build_engine, deepspeed_config
+        from ftray.train.measure import Meter
+
+        run, layout = self.run, self.layout
+        torch.manual_seed(run.seed)
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[layout.dtype]
+        if layout.zero == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            self._zero3 = HfDeepSpeedConfig(deepspeed_config(layout=layout, optim=run.optim, dtype=self.dtype))
+        self.tokenizer = load_tokenizer(run.model)
+        model = load_base(
+            run.model, method=run.method, dtype=self.dtype, attention=layout.attention, zero3=layout.zero == 3
+        )
+        if layout.zero != 3 and not getattr(run.method, "bits", None):
+            model.to(self.device)
+        model = adapt(model, run.method, seed=run.seed, fp32=layout.zero == 0)
+        if layout.gradient_checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.config.use_cache = False
+        self.model, self.named = model, trainable(model)
+        self.engine = build_engine(
+            model, named=self.named, layout=layout, optim=run.optim, lr=self.schedule.lr, dtype=self.dtype
+        )
+        self.model.train()
+        self.meter = Meter(
+            self.model,
+            self.tokenizer,
+            held_out=self.data.eval,
+            questions=self.data.questions,
+            evaluate=run.evaluate,
+            layout=layout,
+            max_length=run.data.max_length,
+            computing=self._computing,
+            beat=self.watchdog.beat,
+        )
+
+    def _computing(self) -> contextlib.AbstractContextManager:
+        """Without ZeRO, 16-bit computing is autocast over fp32 learnt weights; with it, the weights are 16-bit."""
+        import torch
+
+        if self.layout.zero == 0 and self.layout.dtype != "fp32":
+            return torch.autocast(self.layout.device, dtype=self.dtype)
+        return contextlib.nullcontext()
+
+    def _resume(self) -> int:
+        """Continue from the newest complete checkpoint; its step, or 0."""
+        from ftray.train import state
+
+        found = self.keeper.newest()
+        first = 0
+        if found is not None:
+            checkpoint, tensors = found
+            state.restore(self.engine, self.named, tensors, steps=checkpoint.step)
+            first = checkpoint.step
+        self.log(
+            {
+                "kind": "started",
+                "step": first,
+                "seconds": time.monotonic() - self.started,
+                "resumed": found is not None,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "at": time.time(),
+            }
+        )
+        return first
+
+    # before, during, after
+
+    def _before(self, first: int) -> None:
+        """Score the base, once: a resumed run finds the scores in its folder."""
+        if self._kept("before.json") is None:
+            if first:
+                raise TrainError(
+                    f"run {self.run.name}: the base's scores are gone from its folder; start over with --fresh"
+                )
+            self.log({"kind": "phase", "text": "scoring the base"})
+            self._keep("before.json", self.meter.full())
+
+    def _step(self, step: int) -> None:
+        import torch
+
+        from ftray.train.deepspeed import update
+        from ftray.train.measure import summed
+
+        began = time.monotonic()
+        self.watchdog.beat()
+        rows = self.windows.rows(step)
+        micros = self._micros(rows)
+        counts = self.data.train.trained_counts[rows]
+        torch.manual_seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)  # dropout, whatever came before
+        rate = self.schedule.lr_at(step)
+        done = update(self.engine, micros, self._loss, count=max(1, int(counts.sum())), lr=rate)
+        sums = torch.tensor([sum(done.sums), float(self.keeper.busy)], dtype=torch.float64)
+        total, busy = summed(sums, self.layout.device).tolist()
+        loss = total / max(1, int(counts.sum()))
+        self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=done.sums, micros=micros)
+        if self.keeper.waiting and not busy:
+            self.keeper.finish()
+        after = step + 1
+        if after % self.schedule.log_every == 0 or after == self.schedule.steps:
+            seconds = time.monotonic() - began
+            tokens = int(self.data.train.lengths[rows].sum())
+            self.log(
+                {
+                    "kind": "train",
+                    "step": after,
+                    "loss": loss,
+                    "lr": rate,
+                    "grad_norm": done.grad_norm,
+                    "epoch": self.windows.epoch(after),
+                    "tokens": tokens,
+                    "tokens_per_s": tokens / seconds,
+                    "seconds": seconds,
+                }
+            )
+        if self.schedule.checkpoints_after(after) or after == self.schedule.steps:
+            self.keeper.take(self.engine, self.named, step=after)
+        if self.schedule.evaluates_after(after):
+            self._evaluate(after)
+
+    def _micros(self, rows):
+        from ftray.data.pack import deal
+        from ftray.train.measure import collate, nothing
+
+        store = self.data.train
+        hands = deal(
+            store.lengths[rows],
+            workers=self.world,
+            micro_batch_size=self.layout.micro_batch_size,
+            max_length=self.run.data.max_length,
+            packed=self.layout.packing,
+        )
+        micros = []
+        for hand in hands[self.rank]:
+            examples = [(store.ids(i), store.trained(i)) for i in rows[hand]]
+            micros.append(collate(examples or [nothing(store.ids(rows[0]))], rows[hand], layout=self.layout))
+        return micros
+
+    def _loss(self, engine, micro):
+        from ftray.objectives import OBJECTIVES
+
+        smoothing = getattr(self.run.objective, "label_smoothing", 0.0)
+        with self._computing():
+            return OBJECTIVES[self.run.objective.kind].loss_sum(engine, micro, label_smoothing=smoothing)
+
+    def _evaluate(self, step: int) -> None:
+        from ftray.evaluate.suites import LossSum
+
+        total = sum(self.meter.losses().values(), LossSum())
+        self.log({"kind": "eval", "step": step, "loss": total.loss, "token_accuracy": total.token_accuracy})
+        self._report({"step": step, "eval_loss": total.loss})
+
+    def _hand_over(self) -> None:
+        """Write the version's files, read them back into the model, score what was read, and leave both in storage."""
+        import torch.distributed as dist
+
+        from ftray.models.save import load_state_into, save_version
+        from ftray.train import state
+
+        self.log({"kind": "phase", "text": "writing and scoring the tuned version"})
+        values = {}
+        for name, tensor in state.gather(self.engine, self.named, moments=False):
+            if self.rank == 0:
+                values[name] = tensor
+        output = f"{self.job.run_key}/output"
+        with tempfile.TemporaryDirectory(prefix="ftray-version-") as folder:
+            if self.rank == 0:
+                save_version(self.model, Path(folder), method=self.run.method, state=values, tokenizer=self.tokenizer)
+                self.storage.remove(output)
+                self.storage.upload(Path(folder), output)
+        self.watchdog.beat()
+        dist.barrier()
+        with tempfile.TemporaryDirectory(prefix="ftray-version-") as folder:
+            load_state_into(self.model, self.storage.download(output, Path(folder)), self.run.method)
+        self._keep("after.json", self.meter.full())
+        self._report({"step": self.schedule.steps, "done": True})
+
+    # telling
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A row for the driver's log; sent by worker 0, never waited for."""
+        if self.rank == 0 and self.job.events is not None:
+            self.job.events.put.remote(row)
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        """The only place that reports to Ray Train; every worker comes here equally often."""
+        import ray.train
+
+        ray.train.report(metrics)
+
+    def _kept(self, name: str) -> Any:
+        key = f"{self.job.run_key}/{name}"
+        from ftray.train.keeper import agreed
+
+        found = self.storage.read_json(key) if self.rank == 0 and self.storage.exists(key) else None
+        return agreed(found)
+
+    def _keep(self, name: str, measured) -> None:
+        if self.rank == 0:
+            answers = [asdict(answer) for answer in measured.answers]
+            row = {"scores": measured.scores.to_json(), "answers": answers}
+            self.storage.write_json(f"{self.job.run_key}/{name}", row)
+
+    def _refuse_nan(self, step: int, *, loss: float, norm: float, sums: list[float], micros) -> None:
+        """Stop on the first loss or gradient that is not a number, with the rows that made it. Checkpoints stay clean."""
+        import math
+
+        import torch.distributed as dist
+
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        bad = [m for m, total in zip(micros, sums, strict=True) if not math.isfinite(total)] or micros
+        names = [self.data.train.row_name(row) for micro in bad for row in micro.rows]
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, names)
+        rows = sorted({name for names in gathered for name in names})
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        raise TrainError(
+            f"step {step + 1}: the {what} is not a number; rows of the batch: {shown}. Look at them, or lower optim.lr "
+            f"(now {self.schedule.lr_at(step):.3g}); the run resumes from the checkpoint before"
+        )
+
+    def _hung(self, stacks: str) -> None:
+        name = f"rank-{self.rank}-{int(time.time())}.txt"
+        self.storage.write_bytes(f"{self.job.run_key}/stacks/{name}", stacks.encode())
+
+
+def entry(values: dict[str, Any]) -> None:
+    """`train_loop_per_worker`: Ray Train hands over a dict."""
+    train_loop(values["job"])
