@@ -151,6 +151,7 @@ def pissa_start(adapted: Any) -> dict[str, Any]:
 def lora_config(model: Any, method: Lora) -> Any:
     """PEFT's configuration for a LoRA method on this model; names are sorted, so that equal runs write equal files."""
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     chosen = lora_targets(model, method)
     targets = {name.rsplit(".", 1)[-1] for name in chosen} if method.targets == "auto" else set(method.targets)
@@ -165,6 +166,7 @@ def lora_config(model: Any, method: Lora) -> Any:
         use_rslora=method.rslora,
         use_dora=method.dora,
         init_lora_weights=True if method.init == "default" else method.init,  # type: ignore[arg-type]
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
         modules_to_save=saved or None,
         ensure_weight_tying=_touches_tied(model, saved),
     )

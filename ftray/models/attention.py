@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 NAME = "ftray_varlen"
+SHORT = (torch.bfloat16, torch.float16)
 PACKABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -77,22 +78,25 @@ def varlen_attention_forward(
     if kwargs.get("softcap") is not None or attention_mask is not None:
         raise ValueError(f"{NAME} takes neither a mask nor a soft cap; use eager for this model")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if cu_seq_lens_q is None:
-        lengths = [query.shape[2]]
-    else:
-        if _has_kernel(query, value, dropout=dropout):
-            return _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, sliding_window), None
-        lengths = _lengths(cu_seq_lens_q)
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # torch's CPU kernel takes 1.5 times as long in bf16 as in fp32 with conversions; autocast must not undo it
-        query, key, value = query.float(), key.float(), value.float()
+    dtype = _result_dtype(query, value)
+    # torch's CPU kernel takes 1.5 times as long in bf16 as in fp32 with conversions
+    computing = torch.float32 if query.device.type == "cpu" and dtype in SHORT else dtype
+    query, key, value = query.to(computing), key.to(computing), value.to(computing)
+    if cu_seq_lens_q is not None and _has_kernel(query, value, dropout=dropout):
+        return _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, sliding_window), None
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else _lengths(cu_seq_lens_q)
     # split, not slices: its backward is one concatenation, where each slice would fill a whole row with zeros
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):  # it would go back to bf16
         attended = [_one_example(*part, dropout, scaling, causal, sliding_window) for part in parts]
         whole = attended[0] if len(attended) == 1 else torch.cat(attended, 2)
     return whole.transpose(1, 2).to(dtype).contiguous(), None
+
+
+def _result_dtype(query: torch.Tensor, value: torch.Tensor) -> torch.dtype:
+    """As sdpa's: autocast's where it is on (an fp32 norm on queries and keys makes them fp32 beside bf16 values)."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
 def _one_example(query, key, value, dropout, scaling, causal, sliding_window) -> torch.Tensor:
@@ -115,11 +119,12 @@ def _one_example(query, key, value, dropout, scaling, causal, sliding_window) ->
 
 
 def _has_kernel(query: torch.Tensor, value: torch.Tensor, *, dropout: float) -> bool:
-    """torch's flash kernel for ragged rows: CUDA (Ampere or newer), 16-bit, heads up to 256 wide, no dropout."""
+    """torch's flash kernel for ragged rows: CUDA (Ampere or newer), 16-bit, heads of 8n <= 256, no dropout."""
     return (
         query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype in SHORT
         and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
         and not dropout
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )

@@ -29,10 +29,11 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a loaded base came from, and the type its weights have on disk; kept on the model for saving."""
+    """Where a loaded base came from, and what its files say that training changes; kept on the model for saving."""
 
     model: Model
     saved_dtype: Any
+    use_cache: bool
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Shape:
     """Linear layers apart from the output layer: name -> (inputs, outputs)."""
 
     @classmethod
-    def from_config(cls, config: Any, *, trust_remote_code: bool = False) -> Shape:
+    def from_config(cls, config: Any) -> Shape:
         """Builds the model on the meta device: no weights are read or allocated. ModelError for no causal model."""
-        model = meta_model(config, trust_remote_code=trust_remote_code)
+        model = meta_model(config)
         text = config.get_text_config()
         head = model.get_output_embeddings()
         linears = {name: linear_shape(module) for name, module in linear_modules(model).items()}
@@ -143,14 +144,14 @@ def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "aut
     if bits == 4:
         _one_way_of_computing(loaded)
     loaded.name_or_path = model.base  # what PEFT writes down as the base: the run's own word for it
-    loaded.ftray_origin = Origin(model, saved_dtype)
+    loaded.ftray_origin = Origin(model, saved_dtype, getattr(config.get_text_config(), "use_cache", True))
     return loaded
 
 
 def origin(model: Any) -> Origin:
     """Where a model's base came from; for one that `load_base` did not load, by what transformers knows."""
     known = getattr(model, "ftray_origin", None)
-    return known or Origin(Model(base=model.config.name_or_path or "unknown"), model.dtype)
+    return known or Origin(Model(base=model.config.name_or_path or "unknown"), model.dtype, True)
 
 
 def _one_way_of_computing(loaded: Any) -> None:
@@ -178,14 +179,16 @@ def quantisation(bits: int, dtype: Any) -> Any:
     )
 
 
-def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+def meta_model(config: Any) -> Any:
     """The architecture without weights, on the meta device. ModelError where it is no causal language model."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    # a configuration of the base's own class exists only where the run trusts the base's code
+    trusted = type(config).__module__.startswith("transformers_modules")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except ValueError as error:
         raise ModelError(
             f"model.base: a {config.model_type!r} model does not write text; take a causal language model"

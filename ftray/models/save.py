@@ -62,7 +62,8 @@ def _save_adapter(model: Any, folder: Path, method: Lora, state: Mapping[str, An
 
     config = model.peft_config["default"]
     tensors = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
-    changes: dict[str, Any] = {"base_model_name_or_path": origin(model).model.base, "inference_mode": True}
+    base = origin(model).model
+    changes: dict[str, Any] = {"base_model_name_or_path": base.base, "revision": base.revision, "inference_mode": True}
     if method.init == "pissa":
         tensors, scale_changes = _pissa_on_the_original_base(model, method, tensors)
         changes |= scale_changes
@@ -117,7 +118,7 @@ def _save_model(model: Any, folder: Path, state: Mapping[str, Any]) -> None:
     model.save_pretrained(folder, state_dict=tensors)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["dtype"] = str(came_from.saved_dtype).removeprefix("torch.")
+    config |= {"dtype": str(came_from.saved_dtype).removeprefix("torch."), "use_cache": came_from.use_cache}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,8 +1,10 @@
 """A small random Llama on disk with a tokenizer and a chat template; nothing from the network."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="ftray-modules-"))
 
 import pytest
 import torch

@@ -106,14 +106,39 @@ def test_packing_is_exact_under_lora_and_gradient_checkpointing():
     assert_packed_is_alone(model, tolerance=2e-5)
 
 
-def test_packing_in_bf16_is_as_near_to_fp32_as_each_example_alone_is():
-    model = build(PACKABLE["llama"], NAME)
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packing_in_bf16_is_as_near_to_fp32_as_each_example_alone_is(name, autocast):
+    model = build(PACKABLE[name], NAME)
     exact, _ = logits_and_gradients(model, [packed(examples())])
-    model.bfloat16()
-    together, _ = logits_and_gradients(model, [packed(examples())])
-    model.set_attn_implementation("sdpa")
-    alone, _ = logits_and_gradients(model, [{"input_ids": row[None]} for row in examples()])
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        together, _ = logits_and_gradients(model, [packed(examples())])
+        model.set_attn_implementation("sdpa")
+        alone, _ = logits_and_gradients(model, [{"input_ids": row[None]} for row in examples()])
+    assert together.dtype == alone.dtype == torch.bfloat16
     assert (together - exact).abs().max() <= 1.5 * (alone - exact).abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", PACKABLE)
+def test_the_ragged_kernel_on_a_gpu_is_as_near_to_fp32_as_each_example_alone_is(name):
+    model = build(PACKABLE[name], NAME).cuda()
+
+    def moved(call):
+        return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in call.items()}
+
+    exact, exact_gradients = logits_and_gradients(model, [moved(packed(examples()))])
+    model.bfloat16()
+    together, gradients = logits_and_gradients(model, [moved(packed(examples(), as_tensor=True))])
+    model.set_attn_implementation("sdpa")
+    alone, alone_gradients = logits_and_gradients(model, [moved({"input_ids": row[None]}) for row in examples()])
+    assert (together - exact).abs().max() <= 2 * (alone - exact).abs().max()
+    for key, wanted in exact_gradients.items():
+        far = (alone_gradients[key] - wanted).norm()
+        assert (gradients[key] - wanted).norm() <= 2 * far + 1e-6
 
 
 def test_padding_on_the_right_needs_no_mask():

@@ -84,19 +84,31 @@ def test_weights_of_another_size_than_the_configuration_are_an_error(base, tmp_p
         load(model)
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class MyConfig(LlamaConfig):
+    model_type = "mine"
+class MyModel(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
 def test_code_that_comes_with_a_model_runs_only_when_the_run_says_so(base, tmp_path):
     model = copy_of(base, tmp_path / "code")
     config = json.loads((tmp_path / "code/config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"},
+    }
     (tmp_path / "code/config.json").write_text(json.dumps(config))
-    (tmp_path / "code/mine.py").write_text(
-        "from transformers import LlamaConfig\n"
-        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
-        "class MyConfig(LlamaConfig): ...\n"
-    )
-    with pytest.raises(ModelError, match="trust_remote_code: true"):
-        load_config(model)
+    (tmp_path / "code/mine.py").write_text(OWN_CODE + f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    for read in (load_config, load):
+        with pytest.raises(ModelError, match="trust_remote_code: true"):
+            read(model)
     assert not (tmp_path / "ran").exists()
+    trusted = model.model_copy(update={"trust_remote_code": True})
+    assert Shape.from_config(load_config(trusted)).layers == 3
+    assert type(load(trusted)).__name__ == "MyModel"
 
 
 def test_a_model_that_does_not_write_text_is_refused():

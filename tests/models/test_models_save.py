@@ -1,12 +1,13 @@
 """Versions on disk: plain peft and transformers folders that compute what the trained model computed."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ftray.config.schema import Freeze, Full, Lora, Model
 from ftray.errors import ModelError
@@ -117,6 +118,26 @@ def test_a_whole_model_is_saved_in_the_type_of_its_base(base, untied_bf16_base, 
         assert (logits(opened.float(), ids) - logits(model, ids)).abs().max() < tolerance
         reloaded, _ = load_version(section, folder, {}, torch.float32)
         assert torch.equal(logits(reloaded, ids), logits(opened, ids))
+
+
+def test_a_saved_configuration_is_the_base_s_own_whatever_training_set(base, tmp_path):
+    model = adapt(load_base(base, method=Full(), dtype=torch.float32, attention="ftray_varlen"), Full(), seed=1)
+    model.config.use_cache = False
+    folder = saved(model.bfloat16(), base, Full(), tmp_path / "v1")
+    assert json.loads((folder / "config.json").read_text()) == json.loads((Path(base.base) / "config.json").read_text())
+
+
+def test_a_layout_with_transposed_weights_is_adapted_and_merged(ids, tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)).save_pretrained(tmp_path)
+    section, method = Model(base=str(tmp_path)), Lora(rank=4, init="pissa")
+    model = trained(section, method)
+    state = {name: parameter.detach() for name, parameter in trainable(model).items()}
+    tokenizer = load_tokenizer(Model(base="builtin:tiny"))
+    save_version(model, tmp_path / "v1", method=method, state=state, tokenizer=tokenizer)
+    merged = merge(section, tmp_path / "v1", tmp_path / "merged", torch.float32)
+    opened = AutoModelForCausalLM.from_pretrained(merged)
+    assert (logits(opened, ids) - logits(model, ids)).abs().max() < 1e-5
 
 
 def test_a_tied_model_stays_tied_and_is_stored_once(base, tmp_path):
