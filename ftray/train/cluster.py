@@ -19,7 +19,7 @@ AHEAD = 8  # chunks of rows in flight per CPU
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, the one around us (RAY_ADDRESS, `ray job submit`), or start one on this machine."""
+    """Join the cluster at `address` or around us (RAY_ADDRESS, `ray job submit`), or start one on this machine."""
     import logging
 
     import ray
@@ -111,7 +111,7 @@ def _gpu_memory() -> list[int]:
 
 
 def check_storage(storage: Storage) -> None:
-    """Every node must see what the driver writes, and the driver what every node writes. StorageError names the nodes."""
+    """Every node must see what the driver writes, and the driver what they write. StorageError names the nodes."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]

@@ -78,8 +78,11 @@ class Keeper:
         return self._pending is not None
 
     def finish(self) -> None:
-        """Wait for the parts and write the marker. A failed checkpoint costs nothing but itself, unless the disk is full
-        or the one before failed too: then training would go on without a net, and StorageError says why it stops."""
+        """Wait for the parts and write the marker.
+
+        A failed checkpoint costs nothing but itself, unless the disk is full or the one before failed too: then
+        training would go on without a net, and StorageError says why it stops.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return

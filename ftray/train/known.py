@@ -31,7 +31,7 @@ class Known:
 
     @classmethod
     def of(cls, run: Run, storage: Storage, *, ray_ready: Callable[[], None] | None = None) -> Known:
-        """Read, check and prepare. With `ray_ready`, which waits for the cluster, large data is tokenised on its CPUs."""
+        """Read, check and prepare. With `ray_ready`, which waits for the cluster, its CPUs tokenise large data."""
         from ftray.evaluate.suites import check_labels
         from ftray.models import adapt, attention, load
 

@@ -9,18 +9,22 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ftray import errors
+from ftray.config import load
 from ftray.config.schema import Run
-from ftray.errors import ConfigError, FtrayError, TrainError
+from ftray.errors import ConfigError, FtrayError, ModelError, TrainError
+from ftray.evaluate.compare import check_gate
 from ftray.store.paths import Storage
+from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
 from ftray.train import cluster, plan, resolve
 from ftray.train.known import Known
 from ftray.train.layout import Layout, Node
 from ftray.train.progress import Display, Events, Follower
-from ftray.train.publish import conclude
+from ftray.train.publish import conclude, write_comparison
 from ftray.train.schedule import Schedule, course
 from ftray.train.track import open_trackers
 from ftray.train.worker import Job, entry
@@ -90,6 +94,29 @@ def check(run: Run) -> CheckResult:
         else:
             nodes = cluster.this_machine()
         return _resolve(run, known, nodes)
+
+
+def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
+    """Score a version (`ref`, or the run's own newest) against its base on the run's held-out rows, now."""
+    with cluster.quiet():
+        began = time.monotonic()
+        storage = _storage(run)
+        version = Registry(storage).resolve(ref or run.name)
+        if version.card["base"] != run.model.base:
+            raise ModelError(f"{version.id} was tuned on {version.card['base']}, not on model.base: {run.model.base}")
+        run = load.run_from({**run.model_dump(mode="json"), "method": version.card["method"]}, source=version.id)
+        ray_ready = _connecting(run.scale.address)
+        known = Known.of(run, storage, ray_ready=ray_ready)
+        ray_ready()
+        checked = _resolve(run, known, cluster.nodes())
+        cluster.check_storage(storage)
+        folder = RunFolder(storage, f"{run.name}-evaluation")
+        with folder.lease():
+            folder.begin({"run": checked.run, "settings": checked.settings, "base": known.base}, fresh=True)
+            _fit(run, storage, folder, known, checked, silent=False, version_key=version.key)
+            report, comparison = write_comparison(run, storage, folder, checked=checked, version=version)
+            folder.set_state(status="done", version=version.id, report=report, comparison=comparison)
+        return Outcome(run.name, version.id, report, comparison, time.monotonic() - began, False)
 
 
 def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
@@ -169,7 +196,16 @@ def _resolve(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
     return CheckResult(run.model_dump(mode="json"), known.data.report, predicted, layout, schedule, settings)
 
 
-def _fit(run: Run, storage: Storage, folder: RunFolder, known: Known, checked: CheckResult, *, silent: bool) -> None:
+def _fit(
+    run: Run,
+    storage: Storage,
+    folder: RunFolder,
+    known: Known,
+    checked: CheckResult,
+    *,
+    silent: bool,
+    version_key: str | None = None,
+) -> None:
     """Place the workers and follow them to the end. Ray restarts the group after a lost worker or node."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -178,13 +214,14 @@ def _fit(run: Run, storage: Storage, folder: RunFolder, known: Known, checked: C
 
     events = ray.remote(num_cpus=0)(Events).remote()
     job = Job(
-        run=run.model_dump(mode="json"),
+        run=_for_workers(run, storage),
         layout=checked.layout,
         schedule=checked.schedule,
         data_key=known.data.key,
         base=known.base,
         born=folder.state()["born"],
         run_key=folder.key,
+        version_key=version_key,
         events=events,
     )
     resources = {"CPU": checked.layout.cpus_per_worker}
@@ -220,6 +257,17 @@ def _fit(run: Run, storage: Storage, folder: RunFolder, known: Known, checked: C
     storage.remove(f"{folder.key}/ray")
 
 
+def _for_workers(run: Run, storage: Storage) -> dict[str, Any]:
+    """The run with whole paths: workers do not start in the driver's folder."""
+    values = run.model_dump(mode="json")
+    values["storage"] = storage.root
+    if (base := Path(run.model.base).expanduser()).is_dir():
+        values["model"]["base"] = str(base.resolve())
+    if isinstance(run.evaluate.forgetting, str):
+        values["evaluate"]["forgetting"] = str(Path(run.evaluate.forgetting).expanduser().resolve())
+    return values
+
+
 def _raise_verdict(folder: RunFolder) -> None:
     if verdict := folder.verdict():
         raise getattr(errors, verdict["kind"])(verdict["message"])
@@ -237,7 +285,7 @@ def _last_words(run: Run, folder: RunFolder, error: BaseException) -> str:
     reason = text[-1] if text else type(deepest).__name__
     return (
         f"run {run.name} failed {run.scale.retries + 1} times, last with: {reason}\n"
-        f"Its checkpoints are kept: the same command resumes it. Workers' logs are below /tmp/ray/session_latest/logs/train."
+        "Its checkpoints are kept: the same command resumes it. Workers' logs are in Ray's session folder, logs/train."
     )
 
 
@@ -275,6 +323,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
 
 
 def _storage(run: Run) -> Storage:
+    check_gate(run.evaluate.gate)
     storage = Storage(run.storage)
     storage.probe()
     return storage

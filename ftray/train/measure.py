@@ -70,7 +70,7 @@ class Meter:
         rows = np.arange(len(self.held_out))
         totals: dict[str, LossSum] = defaultdict(LossSum)
         for task in self.held_out.tasks:
-            mine = rows[[self.held_out.task(i) == task for i in rows]]
+            mine = rows[[self.held_out.task(int(i)) == task for i in rows]]
             if len(mine):
                 examples = [(self.held_out.ids(i), self.held_out.trained(i)) for i in mine]
                 totals[task] = self._sum(examples)

@@ -69,8 +69,8 @@ class Display:
         self.silent = silent
         self.terminal = sys.stderr.isatty() and not silent
         self._said = 0.0
-        self._bar = None
-        self._task = None
+        self._bar: Any = None
+        self._task: Any = None
 
     def __enter__(self) -> Display:
         if self.terminal:

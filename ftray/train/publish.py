@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -15,25 +16,57 @@ from ftray.models.adapt import servability
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
+from ftray.store.versions import Version
 
 PACKAGES = ("ftray", "torch", "transformers", "peft", "deepspeed", "ray")
 
 
 def conclude(run: Run, storage: Storage, folder: RunFolder, *, known, checked) -> tuple[str, str, dict[str, Any]]:
     """Publish the version and write its report; (version id, report's place, comparison). Safe to repeat."""
-    before = storage.read_json(f"{folder.key}/before.json")
-    after = storage.read_json(f"{folder.key}/after.json")
-    comparison = compare(
-        Scores.from_json(before["scores"]), Scores.from_json(after["scores"]), list(run.evaluate.gate)
-    )
-    state = folder.state()
+    comparison = _comparison(run, storage, folder)
     card = _card(run, known, checked, comparison)
+    key = f"{folder.state()['born']}:{checked.schedule.steps}"
     with tempfile.TemporaryDirectory(prefix="ftray-publish-") as temp:
-        files = storage.download(f"{folder.key}/output", Path(temp, "version"))
-        version = Registry(storage).publish(run.name, files, card, key=f"{state['born']}:{checked.schedule.steps}")
-        report = _report(run, storage, folder, Path(temp), checked, comparison, before, after, version)
-    storage.remove(f"{folder.key}/output")
-    return version.id, report, comparison.to_json()
+        files = storage.download(f"{folder.key}/output", Path(temp))
+        version = Registry(storage).publish(run.name, files, card, key=key)
+    report, written = write_comparison(run, storage, folder, checked=checked, version=version)
+    return version.id, report, written
+
+
+def write_comparison(
+    run: Run, storage: Storage, folder: RunFolder, *, checked, version: Version
+) -> tuple[str, dict[str, Any]]:
+    """The report of a version's scores in the run's folder; (its place, comparison)."""
+    before, after = _scores(storage, folder)
+    comparison = _comparison(run, storage, folder).to_json()
+    metrics = folder.metrics()
+    state = folder.state()
+    shown = ("base", "base_fingerprint", "servability", "created", "seed", "packages")
+    card = {key: version.card[key] for key in shown if key in version.card}
+    card |= {"id": version.id, "digest": version.digest, "seconds": time.time() - state["started"]}
+    key = f"{folder.key}/report"
+    with tempfile.TemporaryDirectory(prefix="ftray-report-") as temp:
+        write_report(
+            Path(temp),
+            run=checked.run,
+            data=checked.data.to_json(),
+            metrics=[*metrics, *_recoveries(metrics)],
+            comparison=comparison,
+            samples=_samples(before["answers"], after["answers"], run.evaluate.samples),
+            plan={**checked.settings, **checked.plan.to_json()},
+            card=card,
+        )
+        storage.upload(Path(temp), key)
+    return storage.uri(f"{key}/report.html"), comparison
+
+
+def _scores(storage: Storage, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    return storage.read_json(f"{folder.key}/before.json"), storage.read_json(f"{folder.key}/after.json")
+
+
+def _comparison(run: Run, storage: Storage, folder: RunFolder) -> Comparison:
+    before, after = _scores(storage, folder)
+    return compare(Scores.from_json(before["scores"]), Scores.from_json(after["scores"]), list(run.evaluate.gate))
 
 
 def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
@@ -49,35 +82,12 @@ def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
         "seed": run.seed,
         "steps": checked.schedule.steps,
         "settings": checked.settings,
-        "gate": {"passed": comparison.passed, "rules": comparison.to_json()["gate"]},
+        "gate": comparison.to_json()["gate"],
         "metrics": comparison.to_json(),
         "forgetting": comparison.forgetting,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": {name: installed(name) for name in PACKAGES},
     }
-
-
-def _report(run, storage, folder, temp: Path, checked, comparison, before, after, version) -> str:
-    metrics = folder.metrics()
-    started = next((row["at"] for row in metrics if row.get("kind") == "started"), None)
-    last = max((row["at"] for row in metrics if "at" in row), default=None)
-    card = {key: version.card[key] for key in ("base", "base_fingerprint", "servability", "created", "seed", "packages")}
-    card |= {"id": version.id, "digest": version.digest}
-    if started and last:
-        card["seconds"] = folder.state()["updated"] - folder.state()["started"]
-    key = f"{folder.key}/report"
-    write_report(
-        temp / "report",
-        run=checked.run,
-        data=checked.data.to_json(),
-        metrics=[*metrics, *_recoveries(metrics)],
-        comparison=comparison.to_json(),
-        samples=_samples(before["answers"], after["answers"], run.evaluate.samples),
-        plan=checked.plan.to_json(),
-        card=card,
-    )
-    storage.upload(temp / "report", key)
-    return storage.uri(f"{key}/report.html")
 
 
 def _recoveries(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool) -> La
     if run.data.packing == "on" and not packs:
         raise ModelError(f"data.packing: {run.model.base} would let packed examples see each other; use auto or off")
     packing = packs and run.data.packing != "off"
-    attention = run.model.attention
+    attention: str = run.model.attention
     if attention == "auto":
         attention = "ftray_varlen" if packing else "sdpa"
     elif packing and attention in ("eager", "sdpa"):
@@ -130,4 +130,5 @@ def _sized(run: Run, layout: Layout, shape: Shape, memory: int, method: Method) 
         )
         if largest and (micro == "auto" or largest >= micro):
             return replace(tried, micro_batch_size=largest if micro == "auto" else micro)
-    return replace(layout, micro_batch_size=1 if micro == "auto" else micro, gradient_checkpointing=checkpointing is not False)
+    smallest = 1 if micro == "auto" else micro
+    return replace(layout, micro_batch_size=smallest, gradient_checkpointing=checkpointing is not False)

@@ -1,4 +1,4 @@
-"""When things happen in a run: which rows a step sees, at what rate, and when it is checkpointed and evaluated. Pure."""
+"""When things happen in a run: the rows and the rate of each step, checkpoints and evaluations. Pure."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class Schedule:
 
 def course(optim: Optim, *, lr: float, rows: int, seed: int, checkpoint_every, eval_every, log_every: int) -> Schedule:
     """The schedule of a run over `rows` rows an epoch; `auto` is about twenty checkpoints and ten evaluations a run."""
-    total = None if optim.steps else max(1, round(optim.epochs * rows))
-    steps = optim.steps or -(-total // optim.batch_size)
+    wanted = max(1, round(optim.epochs * rows))
+    steps = optim.steps or -(-wanted // optim.batch_size)
     return Schedule(
         lr=lr,
         kind=optim.schedule,
         warmup_steps=math.ceil(optim.warmup * steps),
         steps=steps,
         batch_size=optim.batch_size,
-        rows=total,
+        rows=None if optim.steps else wanted,
         seed=seed,
         checkpoint_every=max(1, -(-steps // 20)) if checkpoint_every == "auto" else checkpoint_every,
         eval_every=max(1, -(-steps // 10)) if eval_every == "auto" else eval_every,

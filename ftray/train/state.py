@@ -17,7 +17,9 @@ import torch
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather(engine, named: Mapping[str, torch.nn.Parameter], *, moments: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+def gather(
+    engine, named: Mapping[str, torch.nn.Parameter], *, moments: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ("<parameter>" | "<parameter>:<moment>", whole tensor on the CPU), values in fp32.
 
     Collective: every worker must draw every item, even if it keeps only some, so that memory holds one parameter at a
@@ -31,7 +33,9 @@ def gather(engine, named: Mapping[str, torch.nn.Parameter], *, moments: bool = T
             yield f"{name}:{moment}", _moment(engine, parameter, moment)
 
 
-def restore(engine, named: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor], *, steps: int) -> None:
+def restore(
+    engine, named: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor], *, steps: int
+) -> None:
     """Put gathered `tensors` back, on any layout. `steps`: updates made so far, which Adam's bias correction counts."""
     _make_moments(engine, steps=steps)
     for name, parameter in named.items():
@@ -132,7 +136,12 @@ def _moment(engine, parameter, name: str) -> torch.Tensor:
 
 
 def _whole(tensor: torch.Tensor, parameter) -> torch.Tensor:
-    return tensor.detach().flatten()[: _shape(parameter).numel()].view(_shape(parameter)).to("cpu", torch.float32, copy=True)
+    return (
+        tensor.detach()
+        .flatten()[: _shape(parameter).numel()]
+        .view(_shape(parameter))
+        .to("cpu", torch.float32, copy=True)
+    )
 
 
 def _set_value(engine, parameter, value: torch.Tensor) -> None:

@@ -31,6 +31,7 @@ class Job:
     base: str  # fingerprint of the base, which every node must agree on
     born: str
     run_key: str
+    version_key: str | None = None  # set: train nothing, score this version's files against the base
     events: Any = None
 
 
@@ -46,7 +47,11 @@ def train_loop(job: Job) -> None:
     storage = Storage(run.storage)
     rank = ray.train.get_context().get_world_rank()
     try:
-        _Worker(job, run, storage, started).train()
+        worker = _Worker(job, run, storage, started)
+        if job.version_key is None:
+            worker.train()
+        else:
+            worker.evaluate(job.version_key)
     except FtrayError as error:
         # All workers meet the same error at the same point, or are told of it; a restart would only meet it again.
         if rank == 0:
@@ -89,6 +94,18 @@ class _Worker:
                 self._step(step)
             self.keeper.finish()
             self._hand_over()
+
+    def evaluate(self, version_key: str) -> None:
+        """Score the base, and then a version's files read into it."""
+        from ftray.train.watch import Watchdog
+
+        with Watchdog(self.run.scale.hang_timeout_s, self._hung) as self.watchdog:
+            self._build()
+            self.log({"kind": "phase", "text": "scoring the base"})
+            self._keep("before.json", self.meter.full())
+            self.log({"kind": "phase", "text": "scoring the tuned version"})
+            self._read_back(version_key)
+            self._keep("after.json", self.meter.full())
 
     # building
 
@@ -256,7 +273,7 @@ class _Worker:
         """Write the version's files, read them back into the model, score what was read, and leave both in storage."""
         import torch.distributed as dist
 
-        from ftray.models.save import load_state_into, save_version
+        from ftray.models.save import save_version
         from ftray.train import state
 
         self.log({"kind": "phase", "text": "writing and scoring the tuned version"})
@@ -272,10 +289,16 @@ class _Worker:
                 self.storage.upload(Path(folder), output)
         self.watchdog.beat()
         dist.barrier()
-        with tempfile.TemporaryDirectory(prefix="ftray-version-") as folder:
-            load_state_into(self.model, self.storage.download(output, Path(folder)), self.run.method)
+        self._read_back(output)
         self._keep("after.json", self.meter.full())
         self._report({"step": self.schedule.steps, "done": True})
+
+    def _read_back(self, key: str) -> None:
+        """The files of a version into the live model: what is scored is what was written."""
+        from ftray.models.save import load_state_into
+
+        with tempfile.TemporaryDirectory(prefix="ftray-version-") as folder:
+            load_state_into(self.model, self.storage.download(key, Path(folder)), self.run.method)
 
     # telling
 
@@ -304,7 +327,7 @@ class _Worker:
             self.storage.write_json(f"{self.job.run_key}/{name}", row)
 
     def _refuse_nan(self, step: int, *, loss: float, norm: float, sums: list[float], micros) -> None:
-        """Stop on the first loss or gradient that is not a number, with the rows that made it. Checkpoints stay clean."""
+        """Stop on the first loss or gradient that is not a number, naming its rows. Checkpoints stay clean."""
         import math
 
         import torch.distributed as dist
