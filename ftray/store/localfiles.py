@@ -8,11 +8,15 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-HIDDEN = ".tmp-"
-"""Begins the names of files in the making and of folders on their way out; listings leave them out."""
+T = TypeVar("T")
+
+HIDDEN = ".tmp"
+"""Begins the names of files in the making and of folders on their way out, here and in safetensors; listings leave
+them out."""
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EPERM}
@@ -22,9 +26,14 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno
 def replacing(path: Path) -> Iterator[Path]:
     """A temp file beside `path` that takes its place at the end; on an error `path` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f"{HIDDEN}{secrets.token_hex(6)}-{path.name[-100:]}")
+    temp = path.with_name(f"{HIDDEN}-{secrets.token_hex(6)}-{path.name[-100:]}")
     try:
+        temp.touch()
+        mode = temp.stat().st_mode
         yield temp
+        if temp.stat().st_mode != mode:
+            # Some writers make files that only their owner may read; the umask decides that here.
+            temp.chmod(mode)
         _sync(temp)
         os.replace(temp, path)
         _sync_folder(path.parent)
@@ -32,11 +41,66 @@ def replacing(path: Path) -> Iterator[Path]:
         temp.unlink(missing_ok=True)
 
 
+def write(path: Path, data: bytes) -> None:
+    """Replaces a file at once."""
+
+    def attempt() -> None:
+        with replacing(path) as temp:
+            temp.write_bytes(data)
+
+    _while_folders_vanish(attempt)
+
+
 def create(path: Path, data: bytes) -> bool:
+    """Makes a file that must not exist; False where it does. Of two writers exactly one gets True."""
+    return _while_folders_vanish(lambda: _create(path, data))
+
+
+def remove(path: Path) -> None:
+    """Makes a file or a whole folder vanish at once; FileNotFoundError if it is not there."""
+    # A rename takes files and folders alike: asking first which it is would be answered too late.
+    os.rename(path, path.with_name(f"{HIDDEN}-removed-{secrets.token_hex(6)}"))
+    _sync_folder(path.parent)
+    # Also what an earlier process was killed over; what is missing here, another process is removing right now.
+    for leftover in path.parent.glob(f"{HIDDEN}-removed-*"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Every file under a folder: {relative path with '/': bytes}; {} where it is not there."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            with contextlib.suppress(FileNotFoundError):
+                found[os.path.relpath(path, folder).replace(os.sep, "/")] = os.stat(path).st_size
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _while_folders_vanish(attempt: Callable[[], T]) -> T:
+    """Repeats what another process disturbed by removing the folder that was just made for it."""
+    for _ in range(10):
+        try:
+            return attempt()
+        except (FileNotFoundError, FileExistsError):
+            continue
+    return attempt()
+
+
+def _create(path: Path, data: bytes) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path):
         return False
-    temp = path.with_name(f"{HIDDEN}{secrets.token_hex(6)}-{path.name[-100:]}")
+    temp = path.with_name(f"{HIDDEN}-{secrets.token_hex(6)}-{path.name[-100:]}")
     try:
         temp.write_bytes(data)
         _sync(temp)
@@ -74,27 +138,6 @@ def _create_by_open(path: Path, data: bytes) -> bool:
     return True
 
 
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        os.rename(path, path.with_name(f"{HIDDEN}removed-{secrets.token_hex(6)}"))
-        _sync_folder(path.parent)
-    else:
-        path.unlink()
-    # Also what an earlier process was killed over. Errors are another process emptying the same folder.
-    for leftover in path.parent.glob(f"{HIDDEN}removed-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    found = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(parent, name)
-            with contextlib.suppress(FileNotFoundError):
-                found[os.path.relpath(path, folder).replace(os.sep, "/")] = os.stat(path).st_size
-    return found
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -109,8 +152,3 @@ def _sync_folder(folder: Path) -> None:
     except OSError as error:  # some file systems know no fsync of a folder
         if error.errno not in _NO_FOLDER_SYNC:
             raise
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

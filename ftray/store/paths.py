@@ -173,8 +173,7 @@ class Storage:
         local = self.local_path(key)
         with self._writing(key):
             if local is not None:
-                with localfiles.replacing(local) as temp:
-                    temp.write_bytes(data)
+                localfiles.write(local, data)
             else:
                 fs, path = self._remote(key)
                 fs.pipe_file(path, data)
@@ -231,7 +230,7 @@ class Storage:
 
     def probe(self) -> None:
         """Raises StorageError if the root cannot be written, or cannot keep two writers apart."""
-        key = f"{HIDDEN}probe-{secrets.token_hex(8)}"
+        key = f"{HIDDEN}-probe-{secrets.token_hex(8)}"
         try:
             created = self.create(key, b"probe")
             again = self.create(key, b"probe")

@@ -11,6 +11,7 @@ whoever publishes the same again writes the marker. A second writer who finds th
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from ftray.store.numbered import Numbered
 from ftray.store.paths import MARKER
 from ftray.store.process import this_process
 from ftray.store.versions import Shelf, Version
+
+log = logging.getLogger(__name__)
 
 
 def publish(shelf: Shelf, folder: Path, card: Mapping[str, Any], publication: str) -> Version:
@@ -41,7 +44,10 @@ def publish(shelf: Shelf, folder: Path, card: Mapping[str, Any], publication: st
         _drop(shelf, number, reason=f"the same publication as v{version.number}")
         return version
     version = _commit(shelf, number, publication, content)
-    _sweep(shelf, publication)
+    try:
+        _sweep(shelf, publication)
+    except StorageError as error:  # the version is there; what is left over goes with the next publication
+        log.warning("cannot remove what earlier attempts left: %s", error)
     return version
 
 
