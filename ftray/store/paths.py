@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,11 +189,21 @@ class Storage:
             if local is not None:
                 return localfiles.create(local, data)
             fs, path = self._remote(key)
-            try:
-                _create_remote(fs, path, data)
-            except FileExistsError:
-                return False
-            return True
+            for wait_s in (0.1, 0.5, None):
+                try:
+                    _create_remote(fs, path, data)
+                    return True
+                except FileExistsError:
+                    return False
+                except OSError:
+                    # Servers that only resemble S3 word "exists" in their own way, and S3 itself may answer
+                    # "conflict" where two writers come at once: whether it is there now decides.
+                    if fs.exists(path):
+                        return False
+                    if wait_s is None:
+                        raise
+                    time.sleep(wait_s)
+            return False
 
     @contextlib.contextmanager
     def staged(self, key: str) -> Iterator[Path]:
@@ -224,7 +235,7 @@ class Storage:
                 localfiles.remove(local)
                 return
             fs, path = self._remote(key)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 fs.rm_file(f"{path}/{MARKER}")
             fs.rm(path, recursive=True)
 

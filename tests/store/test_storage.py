@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ftray.errors import StorageError
 from ftray.store.paths import MARKER, Storage
@@ -134,6 +139,53 @@ def test_files_have_the_rights_of_the_umask(tmp_path: Path):
         os.close(os.open(temp, os.O_CREAT | os.O_WRONLY, 0o600))
     (tmp_path / "c").touch()
     assert len({os.stat(tmp_path / name).st_mode for name in "abc"}) == 1
+
+
+class WordsItsOwnWay(MemoryFileSystem):
+    """Says "invalid" where a file exists, and "busy" to every first try, as object stores do."""
+
+    protocol = "wordy"
+    tries = 0
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        WordsItsOwnWay.tries += 1
+        if mode == "create" and (self.exists(path) or self.tries % 2):
+            raise OSError(errno.EINVAL if self.exists(path) else errno.EBUSY, path)
+        super().pipe_file(path, value)
+
+
+class Overwrites(MemoryFileSystem):
+    """Knows no exclusive creation."""
+
+    protocol = "overwrites"
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        super().pipe_file(path, value)
+
+
+class OpensOnly(LocalFileSystem):
+    """Has `open` with mode "x" as its only exclusive creation, like SFTP and SMB."""
+
+    protocol = "opens"
+
+
+for kind in (WordsItsOwnWay, Overwrites, OpensOnly):
+    fsspec.register_implementation(kind.protocol, kind, clobber=True)
+
+
+def test_creation_is_exclusive_however_a_server_says_so(tmp_path: Path):
+    for root in (f"wordy://{tmp_path.name}", f"opens://{tmp_path}/opens"):
+        storage = Storage(root)
+        assert storage.create("a/1", b"first")
+        assert not storage.create("a/1", b"second")
+        assert storage.read_bytes("a/1") == b"first"
+        storage.probe()
+        assert storage.list("a") == ["1"]
+
+
+def test_a_root_that_cannot_keep_two_writers_apart_is_refused():
+    with pytest.raises(StorageError, match="cannot keep two writers apart"):
+        Storage("overwrites://x").probe()
 
 
 FULL_DISK = """
