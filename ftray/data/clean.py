@@ -7,6 +7,7 @@ row, near duplicates about 2 KiB.
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -32,19 +33,29 @@ class Said(NamedTuple):
 
 
 def said(example: Example) -> Said:
+    """Raises Unusable on what is no Unicode text: JSON can escape half of a surrogate pair."""
+    says = _said(example)
+    try:
+        says.content.encode()
+    except UnicodeEncodeError:
+        raise Unusable("not Unicode text", "half of a surrogate pair") from None
+    return says
+
+
+def _said(example: Example) -> Said:
     if not example.messages:
         content = _normalised(example.text)
         return Said(content, content.casefold())
     parts = [_message(message) for message in example.messages]
+    tools = [json.dumps(example.tools, ensure_ascii=False)] if example.tools else []
     before = parts[: max(example.last_answer, 0)] or parts
-    return Said("\x1e".join(parts), "\x1e".join(before).casefold())
+    return Said("\x1e".join(tools + parts), "\x1e".join(tools + before).casefold())
 
 
 def key(text: str, seed: int = 0) -> int:
     """64 bits of the text."""
     salt = seed.to_bytes(8, "little")
-    sum = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=salt)
-    return int.from_bytes(sum.digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "little")
 
 
 def _normalised(text: str) -> str:
@@ -52,8 +63,9 @@ def _normalised(text: str) -> str:
 
 
 def _message(message: Mapping[str, Any]) -> str:
-    calls = message.get("tool_calls", "")
-    return f"{message['role']}\x1f{_normalised(message.get('content') or '')}{calls}"
+    more = {name: value for name, value in message.items() if name not in ("role", "content", "weight")}
+    written = json.dumps(more, ensure_ascii=False, sort_keys=True) if more else ""
+    return f"{message['role']}\x1f{_normalised(message['content'] or '')}{written}"
 
 
 class Cleaner:
@@ -127,7 +139,7 @@ class NearDuplicates:
 
     def signature(self, text: str) -> np.ndarray:
         """uint32 [128]."""
-        points = np.frombuffer(text.casefold().encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+        points = np.frombuffer(text.casefold().encode("utf-32-le"), np.uint32).astype(np.uint64)
         if len(points) < SHINGLE:
             points = np.pad(points, (0, SHINGLE - len(points)))
         count = len(points) - SHINGLE + 1

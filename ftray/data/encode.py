@@ -168,7 +168,8 @@ class Encoder:
             encoded.places += [item.place] * len(kept)
             if not kept:
                 lost[item.place] = self._lost(end - start)
-        encoded.dropped += [(place, why) for place, why in lost.items() if place not in {*encoded.places}]
+        found = set(encoded.places)
+        encoded.dropped += [(place, why) for place, why in lost.items() if place not in found]
         if windows:
             encoded.ids = np.concatenate([joined[a:b] for a, b in windows])
             encoded.trained = np.concatenate([trained[a:b] for a, b in windows])
