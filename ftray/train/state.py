@@ -11,8 +11,10 @@ without ZeRO only, keep their own tensors under the same scheme.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -27,10 +29,11 @@ def gather(
     """
     if not _plain(engine):
         _make_moments(engine, steps=None)
-    for name, parameter in named.items():
-        yield name, _value(engine, parameter)
-        for moment in _moment_names(engine, parameter) if moments else ():
-            yield f"{name}:{moment}", _moment(engine, parameter, moment)
+    with _shards(engine, written=False) as shards:
+        for name, parameter in named.items():
+            yield name, _get(engine, shards, parameter)
+            for moment in _moment_names(engine, parameter) if moments else ():
+                yield f"{name}:{moment}", _get(engine, shards, parameter, moment)
 
 
 def restore(
@@ -38,11 +41,12 @@ def restore(
 ) -> None:
     """Put gathered `tensors` back, on any layout. `steps`: updates made so far, which Adam's bias correction counts."""
     _make_moments(engine, steps=steps)
-    for name, parameter in named.items():
-        _set_value(engine, parameter, tensors[name])
-        for moment in _moment_names(engine, parameter):
-            if (value := tensors.get(f"{name}:{moment}")) is not None:
-                _set_moment(engine, parameter, moment, value)
+    with _shards(engine, written=True) as shards:
+        for name, parameter in named.items():
+            _set(engine, shards, parameter, tensors[name])
+            for moment in _moment_names(engine, parameter):
+                if (value := tensors.get(f"{name}:{moment}")) is not None:  # none yet where no gradient came
+                    _set(engine, shards, parameter, value, moment)
     load_weights(engine, named, tensors)
 
 
@@ -54,8 +58,7 @@ def load_weights(engine, named: Mapping[str, torch.nn.Parameter], tensors: Mappi
     with torch.no_grad():
         for name, parameter in named.items():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
-                if parameter.numel() == tensors[name].numel():
-                    parameter.copy_(tensors[name].to(parameter.device, parameter.dtype))
+                parameter.copy_(tensors[name].to(parameter.device, parameter.dtype))
 
 
 def _plain(engine) -> bool:
@@ -119,45 +122,84 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _value(engine, parameter) -> torch.Tensor:
-    if _plain(engine):
-        return parameter.detach().to("cpu", torch.float32, copy=True)
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return _whole(safe_get_full_fp32_param(parameter), parameter)
-
-
-def _moment(engine, parameter, name: str) -> torch.Tensor:
-    if _plain(engine):
-        return engine.optimizer.state[parameter][name].detach().to("cpu", copy=True)
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    return _whole(safe_get_full_optimizer_state(parameter, name), parameter)
+def _get(engine, shards: _Shards | None, parameter, moment: str | None = None) -> torch.Tensor:
+    """A whole value or moment on the CPU; fp32, but for what 8-bit optimisers keep."""
+    if shards is not None:
+        whole = shards.gathered(parameter, moment)
+    elif not _plain(engine):
+        whole = parameter.get_full_hp_param(moment)
+    elif moment is None:
+        whole = parameter.detach().float()
+    else:
+        whole = engine.optimizer.state[parameter][moment]
+    return whole.detach().to("cpu", copy=True)
 
 
-def _whole(tensor: torch.Tensor, parameter) -> torch.Tensor:
-    return (
-        tensor.detach()
-        .flatten()[: _shape(parameter).numel()]
-        .view(_shape(parameter))
-        .to("cpu", torch.float32, copy=True)
-    )
+def _set(engine, shards: _Shards | None, parameter, value: torch.Tensor, moment: str | None = None) -> None:
+    if shards is not None:
+        shards.scatter(parameter, value, moment)
+    elif not _plain(engine):
+        parameter.set_full_hp_param(value, moment)
+    elif moment is not None:
+        engine.optimizer.state[parameter][moment].copy_(value)
+    # without ZeRO a parameter is its own value, which `load_weights` sets
 
 
-def _set_value(engine, parameter, value: torch.Tensor) -> None:
-    if not _plain(engine):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value.float())
-
-
-def _set_moment(engine, parameter, name: str, value: torch.Tensor) -> None:
-    if _plain(engine):
-        engine.optimizer.state[parameter][name].copy_(value)
+@contextmanager
+def _shards(engine, *, written: bool) -> Iterator[_Shards | None]:
+    if engine.zero_optimization_stage() < 3:
+        yield None
         return
-    from deepspeed.utils import safe_set_full_optimizer_state
+    shards = _Shards(engine, written)
+    try:
+        yield shards
+    finally:
+        shards.close()
 
-    safe_set_full_optimizer_state(parameter, value.float(), name)
+
+class _Shards:
+    """This worker's share of values and moments under ZeRO 3: each parameter is cut into equal pieces, the last padded.
+
+    DeepSpeed's `safe_set_full_*` cannot pad (a parameter of 6565 weights on 3 workers ends past its end), and it reads
+    and writes a whole sub-group from NVMe for each tensor. Here one sub-group is in memory until another is asked for.
+    """
+
+    def __init__(self, engine, written: bool):
+        self.optimizer, self.device, self.written = engine.optimizer, engine.device, written
+        self._resident: int | None = None
+
+    def gathered(self, parameter, moment: str | None) -> torch.Tensor:
+        shard = self._of(parameter, moment).to(self.device)
+        group = parameter.ds_process_group
+        whole = torch.empty(dist.get_world_size(group) * shard.numel(), dtype=shard.dtype, device=self.device)
+        dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
+        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def scatter(self, parameter, value: torch.Tensor, moment: str | None) -> None:
+        shard = self._of(parameter, moment)
+        start = dist.get_rank(parameter.ds_process_group) * shard.numel()
+        piece = value.flatten()[start : start + shard.numel()]
+        shard.zero_()
+        shard[: piece.numel()].copy_(piece)
+
+    def close(self) -> None:
+        group, self._resident = self._resident, None
+        if group is None:
+            return
+        if self.written:
+            self.optimizer._optimizer_states_and_gradient_swap_out(group)
+        else:
+            self.optimizer._release_swap_buffers(group)
+
+    def _of(self, parameter, moment: str | None) -> torch.Tensor:
+        group, start, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        if group != self._resident and self.optimizer._swappable_optimizer_subgroup(group):
+            self.close()
+            self.optimizer._optimizer_states_and_gradient_swap_in(group)
+            self._resident = group
+        flat = self.optimizer.fp32_partitioned_groups_flat[group]
+        whole = flat if moment is None else self.optimizer.optimizer.state[flat][moment]
+        return whole.data.narrow(0, start, length)
 
 
 def numel(parameter: torch.nn.Parameter) -> int:
