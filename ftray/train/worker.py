@@ -71,6 +71,8 @@ class _Worker:
 
         self.job, self.run, self.storage, self.started = job, run, storage, started
         self.layout, self.schedule = job.layout, job.schedule
+        if self.layout.device == "cpu":
+            torch.set_num_threads(max(1, int(self.layout.cpus_per_worker)))
         init_distributed(self.layout.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = ray.train.torch.get_device() if self.layout.device == "cuda" else torch.device("cpu")
@@ -162,6 +164,8 @@ class _Worker:
 
     def _resume(self) -> int:
         """Continue from the newest complete checkpoint; its step, or 0."""
+        import ray
+
         from ftray.train import state
 
         found = self.keeper.newest()
@@ -178,6 +182,7 @@ class _Worker:
                 "resumed": found is not None,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
+                "node": ray.get_runtime_context().get_node_id(),
                 "at": time.time(),
             }
         )

@@ -1,0 +1,145 @@
+"""Processes and nodes are killed for real; every run must end where an undisturbed one does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ftray.config.load import load_run
+from ftray.errors import StorageError, TrainError
+from ftray.store.checkpoints import Checkpoints
+from ftray.store.registry import Registry
+from ftray.store.runs import RunFolder
+from tests.cluster.conftest import NODE_CPUS, Live, curve, repeated, rows
+
+pytestmark = pytest.mark.ray
+
+INTERVAL = 5
+
+
+def same_curve(folder, undisturbed):
+    assert curve(folder) == pytest.approx(undisturbed, abs=1e-5)
+
+
+def test_a_killed_worker_costs_at_most_one_interval(cluster, run_file, undisturbed):
+    live = Live(load_run(run_file()))
+    live.wait_for_step(12)
+    killed = time.monotonic()
+    os.kill(live.rows("started")[0]["pid"], signal.SIGKILL)
+    live.wait_for(lambda: len(live.rows("started")) > 1)
+    print(f"worker: training again after {time.monotonic() - killed:.0f} s")
+    live.end()
+    assert live.rows("started")[1]["resumed"]
+    assert repeated(live.folder) <= INTERVAL
+    same_curve(live.folder, undisturbed)
+
+
+def test_a_killed_node_costs_at_most_one_interval(cluster, run_file, undisturbed):
+    live = Live(load_run(run_file()))
+    live.wait_for_step(12)
+    node_id = live.rows("started")[0]["node"]
+    node = next(node for node in cluster.list_all_nodes() if node.node_id == node_id)
+    killed = time.monotonic()
+    cluster.remove_node(node, allow_graceful=False)
+    try:
+        live.wait_for(lambda: len(live.rows("started")) > 1, timeout_s=200)
+        print(f"node: training again after {time.monotonic() - killed:.0f} s")
+        live.end()
+    finally:
+        cluster.add_node(num_cpus=NODE_CPUS)
+    assert live.rows("started")[1]["node"] != node_id
+    assert repeated(live.folder) <= INTERVAL
+    same_curve(live.folder, undisturbed)
+
+
+def test_after_a_killed_driver_the_same_command_resumes_from_the_newest_complete_checkpoint(
+    cluster, run_file, undisturbed
+):
+    path = run_file()
+    run = load_run(path)
+    command = [sys.executable, "-m", "ftray.cli", "train", str(path), f"scale.address={cluster.address}"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    live = None
+    folder = RunFolder(_storage(run), run.name)
+    end = time.monotonic() + 150
+    while not any(row["step"] >= 12 for row in rows(folder, "train")):
+        assert driver.poll() is None, driver.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    killed = time.monotonic()
+    driver.kill()
+    driver.wait()
+
+    # what a death in the middle of writing leaves: a newer folder without a marker, and one whose part was cut
+    checkpoints = Checkpoints(folder.storage, run.name)
+    good, *_ = checkpoints.complete()
+    storage = folder.storage
+    part = good.files[0].name
+    data = storage.read_bytes(f"{good.folder}/{part}")
+    storage.write_bytes(f"{checkpoints.folder(good.step + 1, 'half')}/{part}", data[: len(data) // 2])
+
+    live = Live(run)
+    live.wait_for(lambda: len(rows(folder, "started")) > 1)
+    print(f"driver: training again after {time.monotonic() - killed:.0f} s")
+    outcome = live.end()
+    assert outcome.resumed
+    assert rows(folder, "started")[1]["step"] == good.step
+    assert repeated(folder) <= INTERVAL
+    same_curve(folder, undisturbed)
+
+
+def test_a_checkpoint_that_cannot_be_uploaded_costs_only_itself(cluster, run_file, undisturbed):
+    run = load_run(run_file())
+    blocked = _storage(run).local_path(f"runs/{run.name}/checkpoints")
+    live = Live(run)
+    live.wait_for(lambda: blocked.parent.joinpath("resolved.json").exists())
+    blocked.write_text("in the way")
+    live.wait_for(lambda: live.rows("warning"))
+    blocked.unlink()
+    live.end()
+    assert "no checkpoint after step 5" in live.rows("warning")[0]["text"]
+    assert [row["step"] for row in live.rows("checkpoint")][-1] == 30
+    same_curve(live.folder, undisturbed)
+
+
+def test_a_full_disk_stops_the_run_with_one_message_and_keeps_what_was(cluster, run_file, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
+    try:
+        run = load_run(run_file(storage=str(small), method__kind="full", optim__lr=1e-3, scale__keep_checkpoints=1))
+        with pytest.raises(StorageError, match="(?i)disk full|no space"):
+            Live(run).end()
+        assert RunFolder(_storage(run), run.name).state()["status"] == "failed"
+        assert Checkpoints(_storage(run), run.name).newest().step >= INTERVAL
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_a_loss_that_is_not_a_number_names_the_step_and_its_rows(cluster, run_file):
+    run = load_run(run_file(optim__lr=1e30, optim__schedule="constant", optim__warmup=0))
+    with pytest.raises(TrainError, match=r"step \d+: the \w+ is not a number; rows of the batch: .*train\.jsonl:\d+"):
+        Live(run).end()
+    assert Registry(_storage(run)).names() == []
+
+
+def test_a_hang_leaves_stacks_and_the_run_goes_on(cluster, run_file, undisturbed):
+    live = Live(load_run(run_file(scale__hang_timeout_s=12)))
+    live.wait_for_step(7)
+    os.kill(live.rows("started")[0]["pid"], signal.SIGSTOP)
+    live.end()
+    stacks = live.folder.storage.list(f"{live.folder.key}/stacks")
+    assert stacks
+    assert "update" in live.folder.storage.read_bytes(f"{live.folder.key}/stacks/{stacks[0]}").decode()
+    same_curve(live.folder, undisturbed)
+
+
+def _storage(run):
+    from ftray.store.paths import Storage
+
+    return Storage(run.storage)
