@@ -186,9 +186,9 @@ def _buffers(shape: Shape, learns: Learning, layout: Layout, bits: int | None) -
 def _activations(shape: Shape, learns: Learning, method: Method, layout: Layout, max_length: int) -> float:
     """Bytes a token that are kept for the backward pass, logits apart: blocks, or their inputs and one block."""
     width, hidden = WIDTH[layout.dtype], shape.hidden_size
-    stream = 4 if _autocasts(layout) and not isinstance(method, Lora) else width  # fp32 norms widen what follows
+    stream = 4 if _autocasts(layout) and isinstance(method, Full) else width  # fp32 embeddings and norms widen it
     block = _block_activations(shape, learns, method, layout, max_length, stream)
-    last_norm = hidden * (4 + stream + width)
+    last_norm = hidden * (4 + (stream + width if isinstance(method, Full) else 0))
     if layout.gradient_checkpointing:
         return shape.layers * hidden * stream + block + last_norm
     return learns.depth * block + last_norm
@@ -207,7 +207,6 @@ def _block_activations(
     width, cuda, hidden = WIDTH[layout.dtype], layout.device == "cuda", shape.hidden_size
     q, k, mlp = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate_size
     depth, lora = max(1, learns.depth), method if isinstance(method, Lora) else None
-    bits = lora.bits if lora else None
 
     norms = 2 * hidden * (4 + (0 if lora else stream))
     if layout.packing:
@@ -221,7 +220,7 @@ def _block_activations(
 
     each = learns.inputs / depth
     dropped = bool(lora and lora.dropout)
-    copies = dropped or (_autocasts(layout) and not bits)
+    copies = dropped or _autocasts(layout)
     inputs = (each if copies else min(each, 2 * hidden + mlp)) * width
     if lora:
         inputs += lora.rank * learns.adapted / depth * width
