@@ -64,6 +64,9 @@ class Unusable(Exception):
     def reason(self) -> str:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
+    def __str__(self) -> str:
+        return self.reason
+
 
 @dataclass(slots=True)
 class Example:
@@ -97,9 +100,8 @@ class Layout:
             if self.template:
                 text = self._fill(row)
             return Example(text=text)
-        messages, tools = READERS[self.kind](self, row), None
-        if "tools" in self.columns:
-            tools = _tools(row.get(self.columns["tools"]))
+        messages = READERS[self.kind](self, row)
+        tools = _tools(row.get(self.columns.get("tools", "tools")))
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         if not any(message["role"] == "assistant" for message in messages):
@@ -226,7 +228,7 @@ def _read_pair(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_instruction(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    instruction, more = _string(row, layout.columns["instruction"]), row.get(layout.columns.get("input", ""))
+    instruction, more = _string(row, layout.columns["instruction"]), row.get(layout.columns.get("input", "input"))
     asked = f"{instruction}\n\n{more}" if more else instruction
     return [
         {"role": "user", "content": layout.prompt(row, asked)},

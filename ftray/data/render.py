@@ -3,7 +3,7 @@
 A conversation is rendered to text and cut into pieces, trained and not; each piece is tokenised by itself, so that a
 prompt gets the same ids here as when the model is asked. Which pieces are the assistant's:
 
-1. the template's `{% generation %}` markers, where it has them;
+1. the template's `{% generation %}` markers, where it has them and the model is asked as is rendered;
 2. else the difference between renderings: up to the message with a generation prompt, and with the message;
 3. else, where a later turn changes how an earlier one is rendered (templates that strip reasoning from the history),
    one example per trained answer, each exactly as the model will see it.
@@ -13,6 +13,7 @@ Every trained answer ends with the template's end of turn, or the tokenizer's EO
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Renderer:
     def __post_init__(self) -> None:
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
-            template = template.get("default")
+            template = template.get("default") or next(iter(template.values()), None)
         if not template and not self.tokenizer.eos_token:
             raise DataError("the tokenizer has neither a chat template nor an EOS token; give the model one of them")
         self.template: str = template or PLAIN_TEMPLATE
@@ -80,6 +81,8 @@ class Renderer:
         self._special = _one_of(special)
         self._closing = _one_of(special | {token.content for token in added} - {self.tokenizer.bos_token})
         self._frames: dict[tuple, dict[int, Frame]] = {}
+        self._asked: dict[tuple, dict[int, str] | None] = {}
+        self._arguments_as_text = False
 
     def pieces(self, example: Example) -> list[list[Piece]]:
         """The training examples of a conversation, each a list of pieces. Raises Unusable."""
@@ -88,19 +91,18 @@ class Renderer:
             return [self._everything(messages, example)]
         answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         answers = answers[-1:] if self.train_on == "last" else answers
-        trained = [k for k in answers if example.messages[k].get("weight", 1)]
+        weighted = [k for k in answers if example.messages[k].get("weight", 1)]
+        trained = [k for k in weighted if k]
         if not trained:
-            raise Unusable("no message to train on", "every answer has weight 0", bad=False)
+            why = "the only answer has nothing before it" if weighted else "every answer has weight 0"
+            raise Unusable("no message to train on", why, bad=False)
         messages = messages[: trained[-1] + 1]
-        if self.marked and (pieces := self._by_markers(messages, tools, trained)):
-            return [pieces]
-        trained = [k for k in trained if k]
-        if not trained:
-            raise Unusable("no message to train on", "the only answer has nothing before it", bad=False)
         shape = (*map(_looks, messages), bool(tools), *trained)
+        if self.marked and (pieces := self._by_markers(messages, tools, trained, shape)):
+            return [pieces]
         if (frames := self._frames.get(shape)) and (pieces := self._by_frames(messages, tools, frames)):
             return [pieces]
-        whole = self._render(messages, tools)
+        whole = self._whole(messages, tools)
         turns = {k: self._turn(messages, k, tools, whole) for k in trained}
         joined = self._joined(whole, turns)
         if not joined:
@@ -115,10 +117,10 @@ class Renderer:
 
     def whole(self, example: Example) -> Piece:
         """The whole conversation, trained. Raises Unusable."""
-        return self._closed(self._render(_plain(example.messages), example.tools))
+        return self._closed(self._whole(_plain(example.messages), example.tools))
 
     def _everything(self, messages: Messages, example: Example) -> list[Piece]:
-        whole = self._render(messages, example.tools)
+        whole = self._whole(messages, example.tools)
         untrained = [k for k, m in enumerate(example.messages) if m.get("weight") == 0 and m["role"] == "assistant"]
         if not untrained:
             return [self._closed(whole)]
@@ -130,23 +132,48 @@ class Renderer:
         pieces = [Piece(piece.text, not piece.trained) for piece in joined]
         return [*pieces, self._closed(rest)] if rest.strip() else pieces
 
-    def _by_markers(self, messages: Messages, tools: Any, trained: Sequence[int]) -> list[Piece] | None:
-        """None where the markers do not stand around every answer, or an answer before the last has no end."""
+    def _by_markers(self, messages: Messages, tools: Any, trained: Sequence[int], shape: tuple) -> list[Piece] | None:
+        """None where the markers do not stand around every answer, or the model is asked otherwise than is rendered.
+
+        What the model is asked with is never trained, though markers may enclose it: the header of the answer, or the
+        opening of a reasoning block.
+        """
         texts, spans = self._jinja(messages, tools, return_assistant_tokens_mask=True)
-        answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        whole, answers = texts[0], [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans[0]) != len(answers):
             return None
+        places = {k: span for k, span in zip(answers, spans[0], strict=True) if k in trained}
+        if shape not in self._asked:
+            self._asked[shape] = self._asked_inside(messages, tools, whole, places)
+        asked = self._asked[shape]
+        if asked is None:
+            return None
+        end_of_turn = self._closing.match(whole, len(whole[: places[trained[-1]][1]].rstrip()))
         cuts = []
-        for k, (start, end) in zip(answers, spans[0], strict=True):
-            if k not in trained:
-                continue
-            if not self._ended(texts[0][:end]):
-                match = self._closing.match(texts[0], end)
-                if not match and k != trained[-1]:
+        for k, (start, end) in places.items():
+            _require_answer(messages[k], whole[start:end], k)
+            end = len(whole[:end].rstrip())
+            if not self._ended(whole[:end]):
+                if end_of_turn and whole.startswith(end_of_turn[0], end):
+                    end += len(end_of_turn[0])
+                elif k != trained[-1]:
                     return None
-                end = match.end() if match else end
-            cuts.append((start, end))
-        return self._cut(texts[0], cuts)
+            if not whole.startswith(asked[k], start):
+                return None
+            cuts.append((start + len(asked[k]), end))
+        return self._cut(whole, cuts)
+
+    def _asked_inside(
+        self, messages: Messages, tools: Any, whole: str, places: dict[int, Any]
+    ) -> dict[int, str] | None:
+        """What of each marked answer belongs to the generation prompt."""
+        asked = {}
+        for k, (start, _) in places.items():
+            prompt = self._render(messages[:k], tools, asked=True)
+            if not whole.startswith(prompt):
+                return None
+            asked[k] = whole[start : len(prompt)]
+        return asked
 
     def _by_frames(self, messages: Messages, tools: Any, frames: dict[int, Frame]) -> list[Piece] | None:
         """The answers' places from one rendering with marked answers, framed as in an earlier row of this shape.
@@ -154,7 +181,7 @@ class Renderer:
         None where the template does not treat the marked text as it treats the text itself.
         """
         marked = [_mark(message) if k in frames else message for k, message in enumerate(messages)]
-        whole = self._render(messages, tools)
+        whole = self._whole(messages, tools)
         parts = re.split(f"[{OPEN}{CLOSE}]", self._render(marked, tools))
         if len(parts) != 2 * len(frames) + 1 or "".join(parts) != whole:
             return None
@@ -190,16 +217,28 @@ class Renderer:
         content = (messages[k].get("content") or "").strip()
         if given.startswith(prompt):
             answer = given[len(prompt) :]
-        elif content:
-            # the generation prompt says more than the rendered message begins with, e.g. it opens a thinking block, or
-            # the message lost its reasoning: what was written follows the prompt, and the end is that of any answer
+        elif (written := _without_overlap(prompt, content)) != content:
+            # the generation prompt opens the reasoning that was written, and the template strips it from the message:
+            # what was written follows the prompt, and ends as any answer does
             other = self._render([*messages[:k], {**messages[k], "content": OPEN}], tools)
-            answer = content = _without_overlap(prompt, content)
+            answer = content = written
             answer += other[other.rindex(OPEN) + 1 :] if OPEN in other else ""
         else:
-            raise Unusable("the chat template renders an answer otherwise than it asks for it", f"message {k + 1}")
+            # the generation prompt opens a block that this answer does not have
+            common = self._common(prompt, given)
+            if common < len(self._render(messages[:k], tools)):
+                raise Unusable("the chat template renders an answer otherwise than it asks for it", f"message {k + 1}")
+            answer = given[common:]
+        _require_answer(messages[k], answer, k)
         end = self._end_of(answer, content if "tool_calls" not in messages[k] else "")
         return Turn(prompt, answer[:end] if end else answer.rstrip(), bool(end))
+
+    def _common(self, prompt: str, given: str) -> int:
+        """Length of the common beginning, which does not end inside a token of the template."""
+        short = min(len(prompt), len(given))
+        common = next((n for n in range(short) if prompt[n] != given[n]), short)
+        cut = (m for m in self._closing.finditer(given) if m.start() < common < m.end())
+        return next((m.start() for m in cut), common)
 
     def _end_of(self, answer: str, content: str) -> int:
         """Where the token that ends the turn ends; 0 without one. Tool calls hold special tokens of their own."""
@@ -233,6 +272,14 @@ class Renderer:
     def _ended(self, text: str) -> bool:
         return any(match.end() == len(text) for match in self._special.finditer(text, max(0, len(text) - 64)))
 
+    def _whole(self, messages: Messages, tools: Any) -> str:
+        whole = self._render(messages, tools)
+        for message in messages:
+            names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            if not all(name in whole for name in names):
+                raise Unusable("the chat template leaves tool calls out", ", ".join(names))
+        return whole
+
     def _render(self, messages: Messages, tools: Any, *, asked: bool = False) -> str:
         return self._jinja(messages, tools, add_generation_prompt=asked)[0][0]
 
@@ -240,10 +287,20 @@ class Renderer:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        options |= self.tokenizer.special_tokens_map
+        given = _with_text_arguments(messages) if self._arguments_as_text else messages
         try:
-            return render_jinja_template([messages], tools=tools, chat_template=self.template, **options)
+            return render_jinja_template(
+                [given], tools=tools, chat_template=self.template, **self.tokenizer.special_tokens_map, **options
+            )
         except (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            if (
+                isinstance(error, TypeError)
+                and not self._arguments_as_text
+                and _with_text_arguments(messages) != messages
+            ):
+                # most templates write the arguments of a call as JSON, a few join them to text as they are
+                self._arguments_as_text = True
+                return self._jinja(messages, tools, **options)
             # templates are code that comes with a model: whatever a row makes them raise is about that row
             roles = ", ".join(message["role"] for message in messages)
             raise Unusable("the chat template refuses the row", f"{error} (roles: {roles})") from None
@@ -255,9 +312,30 @@ def _plain(messages: Messages) -> Messages:
 
 
 def _one_of(tokens: set[str]) -> re.Pattern[str]:
-    """White space, then one of the tokens."""
+    """White space, then one of the tokens, or several without anything between."""
     names = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
-    return re.compile(rf"\s*(?:{names})" if names else r"(?!)")
+    return re.compile(rf"\s*(?:{names})+" if names else r"(?!)")
+
+
+def _require_answer(message: dict[str, Any], answer: str, k: int) -> None:
+    """Raises Unusable where a template does not write the text of a message, or writes it in another form."""
+    content = (message.get("content") or "").strip()
+    if content.rpartition("\n")[2][-40:] not in answer:
+        raise Unusable("the chat template does not write the answer", f"message {k + 1}: {content[-40:]!r}")
+
+
+def _with_text_arguments(messages: Messages) -> Messages:
+    def call_of(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": text}}
+
+    return [
+        {**message, "tool_calls": [call_of(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
 
 
 def _looks(message: dict[str, Any]) -> tuple:

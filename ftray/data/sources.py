@@ -14,6 +14,7 @@ import posixpath
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -221,8 +222,11 @@ def _saved(where: Path) -> bool:
 
 def _dataset_rows(source: Source) -> Rows:
     with _explained(source):
-        for number, row in enumerate(_dataset(source), 1):
-            yield Row(source.path, number, row)
+        loaded = _dataset(source)
+        labels = {name: of for name, of in (loaded.features or {}).items() if hasattr(of, "int2str")}
+        for number, row in enumerate(loaded, 1):
+            named = {name: of.int2str(row[name]) for name, of in labels.items() if isinstance(row[name], int)}
+            yield Row(source.path, number, row | named)
 
 
 def _dataset(source: Source) -> Any:
@@ -257,20 +261,14 @@ def _dataset_digest(source: Source) -> str:
         return _hash(iter([f"{builder.hash} {builder.config_id}".encode()]))
 
 
-class _explained:
-    """Turns what `datasets` raises into a DataError; it raises many kinds, its own and its file readers'."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, DataError):
-            return
-        path = self.source.path
-        if not Path(path).expanduser().is_dir() and isinstance(error, OSError):
+@contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises many kinds of errors, its own and its file readers'
+        if isinstance(error, OSError) and not Path(source.path).expanduser().is_dir():
             way = "neither a file here nor a data set that the Hub gives us; check the name, the network and the login"
-            raise DataError(f"{path}: {way} ({error})") from None
-        raise DataError(f"{path}: cannot be loaded: {error}") from None
+            raise DataError(f"{source.path}: {way} ({error})") from None
+        raise DataError(f"{source.path}: cannot be loaded: {error}") from None

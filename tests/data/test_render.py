@@ -1,5 +1,9 @@
 """The loss is on the assistant's tokens only, with an end of turn, whatever the chat template does."""
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -316,3 +320,98 @@ def test_the_short_way_renders_twice_however_many_answers_there_are(make_tokeniz
     monkeypatch.setattr(renderer, "_jinja", lambda *args, **options: calls.append(1) or render(*args, **options))
     renderer.pieces(talk)
     assert len(calls) == 2
+
+
+# templates for images, whose messages are lists of parts, are not for text models
+STOCK = Path(find_spec("trl").origin).parent / "chat_templates" if find_spec("trl") else Path()
+TEXT_ONLY = [path for path in sorted(STOCK.glob("*.jinja")) if not re.match("idefics|llava|smolvlm", path.name)]
+TOKEN = re.compile(
+    r"<\|?[^|<>\s{}]{1,30}\|>|<\|[^|<>\s{}]{1,30}>|<(?:start_of_turn|end_of_turn|bos|eos)>|</?s>|<｜[^<>]+｜>"
+)
+EOS = (
+    "<|END_OF_TURN_TOKEN|>",
+    "<|im_end|>",
+    "<turn|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+)
+
+
+@pytest.mark.parametrize("path", TEXT_ONLY, ids=lambda path: path.stem)
+def test_stock_templates_train_answers_after_exactly_what_is_asked(make_tokenizer, path):
+    template = path.read_text(encoding="utf-8")
+    special = sorted({*TOKEN.findall(template), "<|endoftext|>"})
+    tokenizer = make_tokenizer(template, eos_token=next((eos for eos in EOS if eos in special), "<|endoftext|>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    plain = [TALK[0], TALK[1], {"role": "user", "content": "A latte"}, {"role": "assistant", "content": "Here it is."}]
+    thought = [
+        {**m, "content": f"<think>\nhm {n}\n</think>\n\n{m['content']}"} if n % 2 else m for n, m in enumerate(plain)
+    ]
+    for talk in (plain, thought):
+        renderer = Renderer(tokenizer)
+        asked = [renderer.prompt(Example(messages=talk[:end])) for end in (2, 4)]
+        found = []
+        for pieces in renderer.pieces(Example(messages=talk)):
+            assert not pieces[0].trained
+            for n, piece in enumerate(pieces):
+                if piece.trained:
+                    found.append("".join(before.text for before in pieces[:n]))
+                    answer, end = re.fullmatch(r"(?s)(.*(?:Hello!|Here it is\.))(.*)", piece.text).groups()
+                    assert "latte" not in answer
+                    assert piece.eos or TOKEN.search(end)
+        # an answer whose reasoning is stripped from the history is asked after the history as it is rendered
+        assert found == asked
+
+
+def test_tool_calls_that_a_template_leaves_out_are_a_bad_row(make_tokenizer):
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}
+    messages = [
+        TALK[0],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        TALK[1],
+    ]
+    with pytest.raises(Unusable, match="leaves tool calls out: look_up"):
+        _texts(make_tokenizer(CHATML), messages)
+
+
+def test_arguments_are_written_as_the_template_wants_them(make_tokenizer):
+    joins = TOOLS.replace("(call.function | tojson)", "call.function.name + call.function.arguments")
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}
+    messages = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    ((_, trained),) = _texts(make_tokenizer(joins), messages)
+    assert trained == ['<|call|>look_up{"x": 1}<|im_end|>']
+
+
+def test_an_answer_that_a_template_does_not_write_is_a_bad_row(make_tokenizer):
+    parts = (
+        "{% for m in messages %}{{ m.role + ': ' }}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(Unusable, match="does not write the answer: message 2: 'Hello!'"):
+        _texts(make_tokenizer(parts), ASKED)
+
+
+def test_markers_that_enclose_the_header_do_not_make_it_trained(make_tokenizer):
+    encloses = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    for messages in (TALK, TALK[:2]):
+        ((_, trained),) = _texts(make_tokenizer(encloses), messages)
+        assert trained == ["Hello!<|im_end|>", "end<|im_end|>"][: len(messages) // 2]
+
+
+def test_reasoning_outside_the_markers_is_not_trained(make_tokenizer):
+    skips = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{{ '<think></think>' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    ((_, trained),) = _texts(make_tokenizer(skips), TALK)
+    assert trained == ["Hello!<|im_end|>", "end<|im_end|>"]

@@ -283,6 +283,15 @@ def test_a_data_set_saved_to_disk_is_read(offline, tmp_path):
         _read(tmp_path / "saved", split="dev")
 
 
+def test_class_numbers_of_a_data_set_are_read_as_their_names(offline, tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}, {"text": "c", "label": None}]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    assert [row["label"] for row in _data(tmp_path / "saved")] == ["yes", "no", None]
+
+
 def test_a_hub_name_that_cannot_be_reached_says_what_to_check(offline):
     with pytest.raises(DataError, match="neither a file here nor a data set that the Hub gives us"):
         _read("nobody/nothing-here")
