@@ -21,7 +21,7 @@ USABLE = 0.9  # of a device's memory; the rest is lost to fragments and to what 
 MFU = 0.35  # of the peak, as torchtitan reports for Llama-3.1-8B on H100 (33-39 %)
 FP32_SLOWDOWN = 15  # against bf16: fp32 does without tensor cores (H100: 67 TFLOP/s, A100: 19.5)
 QUANTISED_SLOWDOWN = 1.3  # torchtune: 3083 tokens/s with LoRA, 2413 with QLoRA
-CPU_FLOPS = 30e9  # a core in fp32, sustained
+CPU_FLOPS = 30e9  # a core in fp32, from start to end of a step; forward and backward alone reach 66
 PEAK_FLOPS = {  # dense bf16 (T4 and V100: fp16), from the vendors' data sheets
     "B300": 2250e12, "B200": 2250e12, "GB200": 2500e12, "GH200": 989e12, "H200": 989e12, "H100": 989e12, "H800": 989e12,
     "H20": 148e12, "A100": 312e12, "A800": 312e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12, "A40": 150e12,
