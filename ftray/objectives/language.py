@@ -62,7 +62,7 @@ def trained_logits(model, batch: Batch) -> torch.Tensor:
     """Logits [N, V] at the positions whose next token is trained; the others are never computed."""
     device = next(model.parameters()).device
     packed = {}
-    if batch.attention_mask is None:
+    if batch.position_ids is not None:
         ends = torch.tensor([0, *np.cumsum(batch.lengths)], dtype=torch.int32, device=device)
         longest = max(batch.lengths)
         packed = {

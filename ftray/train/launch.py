@@ -7,27 +7,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ftray import errors
 from ftray.config import load
 from ftray.config.schema import Run
-from ftray.errors import ConfigError, FtrayError, ModelError, TrainError
+from ftray.errors import ConfigError, FtrayError, ModelError
 from ftray.evaluate.compare import check_gate
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
 from ftray.train import cluster, plan, resolve
+from ftray.train.group import fit
 from ftray.train.known import Known
 from ftray.train.layout import Layout, Node
-from ftray.train.progress import Display, Events, Follower
 from ftray.train.publish import conclude, write_comparison
 from ftray.train.schedule import Schedule, course
-from ftray.train.track import open_trackers
-from ftray.train.worker import Job, entry
 
 # What may differ when a run is resumed: where it runs and what is logged, not what is learnt.
 MAY_CHANGE = {"scale", "track", "storage"}
@@ -61,8 +56,9 @@ class CheckResult:
         return self.plan.fits
 
     def lines(self) -> list[str]:
-        chosen = "  ".join(f"{name} {value}" for name, value in self.settings.items())
-        return [*self.data.lines(), "", f"Settings  {chosen}", "", *self.plan.lines()]
+        width = max(len(name) for name in self.settings)
+        chosen = [f"  {name:<{width}}  {_shown(value)}" for name, value in self.settings.items()]
+        return [*self.data.lines(), "", "Settings, auto ones resolved", *chosen, "", *self.plan.lines()]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -113,7 +109,7 @@ def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
         folder = RunFolder(storage, f"{run.name}-evaluation")
         with folder.lease():
             folder.begin({"run": checked.run, "settings": checked.settings, "base": known.base}, fresh=True)
-            _fit(run, storage, folder, known, checked, silent=False, version_key=version.key)
+            fit(run, storage, folder, known, checked, silent=False, version_key=version.key)
             report, comparison = write_comparison(run, storage, folder, checked=checked, version=version)
             folder.set_state(status="done", version=version.id, report=report, comparison=comparison)
         return Outcome(run.name, version.id, report, comparison, time.monotonic() - began, False)
@@ -140,7 +136,7 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
         folder.begin(resolved, fresh=fresh)
         folder.set_state(status="training", total_steps=checked.schedule.steps)
         try:
-            _fit(run, storage, folder, known, checked, silent=silent)
+            fit(run, storage, folder, known, checked, silent=silent)
             folder.set_state(status="evaluating")
             version, report, comparison = conclude(run, storage, folder, known=known, checked=checked)
         except FtrayError as error:
@@ -194,99 +190,6 @@ def _resolve(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
         "eval_every": schedule.eval_every,
     }
     return CheckResult(run.model_dump(mode="json"), known.data.report, predicted, layout, schedule, settings)
-
-
-def _fit(
-    run: Run,
-    storage: Storage,
-    folder: RunFolder,
-    known: Known,
-    checked: CheckResult,
-    *,
-    silent: bool,
-    version_key: str | None = None,
-) -> None:
-    """Place the workers and follow them to the end. Ray restarts the group after a lost worker or node."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    events = ray.remote(num_cpus=0)(Events).remote()
-    job = Job(
-        run=_for_workers(run, storage),
-        layout=checked.layout,
-        schedule=checked.schedule,
-        data_key=known.data.key,
-        base=known.base,
-        born=folder.state()["born"],
-        run_key=folder.key,
-        version_key=version_key,
-        events=events,
-    )
-    resources = {"CPU": checked.layout.cpus_per_worker}
-    if checked.layout.gpus_per_worker:
-        resources["GPU"] = checked.layout.gpus_per_worker
-    trainer = TorchTrainer(
-        entry,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=checked.layout.workers,
-            use_gpu=checked.layout.device == "cuda",
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            # A name of its own for each start: recovery is ours, by the checkpoints of the run.
-            name=f"{run.name}-{int(time.time() * 1000)}",
-            storage_path=storage.uri(f"{folder.key}/ray"),
-            failure_config=FailureConfig(max_failures=run.scale.retries),
-        ),
-        torch_config=TorchConfig(backend="nccl" if checked.layout.device == "cuda" else "gloo"),
-    )
-    with ExitStack() as stack:
-        first = max((row.get("step", 0) for row in folder.metrics() if row.get("kind") == "checkpoint"), default=0)
-        sinks = open_trackers(run, storage, folder.key, stack, first=first)
-        display = stack.enter_context(Display(checked.schedule.steps, silent=silent))
-        stack.enter_context(Follower(events, folder, sinks=[display.show, *sinks]))
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            _raise_verdict(folder)
-            raise TrainError(_last_words(run, folder, error)) from error
-    _raise_verdict(folder)
-    storage.remove(f"{folder.key}/ray")
-
-
-def _for_workers(run: Run, storage: Storage) -> dict[str, Any]:
-    """The run with whole paths: workers do not start in the driver's folder."""
-    values = run.model_dump(mode="json")
-    values["storage"] = storage.root
-    if (base := Path(run.model.base).expanduser()).is_dir():
-        values["model"]["base"] = str(base.resolve())
-    if isinstance(run.evaluate.forgetting, str):
-        values["evaluate"]["forgetting"] = str(Path(run.evaluate.forgetting).expanduser().resolve())
-    return values
-
-
-def _raise_verdict(folder: RunFolder) -> None:
-    if verdict := folder.verdict():
-        raise getattr(errors, verdict["kind"])(verdict["message"])
-
-
-def _last_words(run: Run, folder: RunFolder, error: BaseException) -> str:
-    causes = []
-    chain: BaseException | None = error
-    while chain is not None:
-        causes.append(chain)
-        chain = chain.__cause__
-    failures = getattr(error, "worker_failures", None) or {}
-    deepest = next(iter(failures.values()), causes[-1])
-    text = str(deepest).strip().splitlines()
-    reason = text[-1] if text else type(deepest).__name__
-    return (
-        f"run {run.name} failed {run.scale.retries + 1} times, last with: {reason}\n"
-        "Its checkpoints are kept: the same command resumes it. Workers' logs are in Ray's session folder, logs/train."
-    )
 
 
 def _finished(run: Run, folder: RunFolder, began: float) -> Outcome | None:
@@ -350,6 +253,16 @@ def _connecting(address: str | None) -> Callable[[], None]:
 
     threading.Thread(target=work, name="ftray-connect", daemon=True).start()
     return ready
+
+
+def _shown(value: Any) -> str:
+    return (
+        {True: "yes", False: "no"}[value]
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _say(text: str) -> None:

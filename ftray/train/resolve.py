@@ -105,7 +105,7 @@ def _zero(run: Run, layout: Layout, shape: Shape, memory: int) -> int:
             optimizer=run.optim.optimizer,
             max_length=run.data.max_length,
         )
-        if used.total > 0.9 * memory:
+        if used.total > plan.USABLE * memory:
             return 3
     return 2
 

@@ -1,0 +1,131 @@
+"""The worker group of a run: placed by Ray Train, followed to its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from ftray import errors
+from ftray.config.schema import Run
+from ftray.errors import TrainError
+from ftray.store.paths import Storage
+from ftray.store.runs import RunFolder
+from ftray.train.known import Known
+from ftray.train.layout import Layout
+from ftray.train.progress import Display, Events, Follower
+from ftray.train.schedule import Schedule
+from ftray.train.track import open_trackers
+from ftray.train.worker import Job, entry
+
+
+class Checked(Protocol):
+    """What the group needs of a checked run."""
+
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def schedule(self) -> Schedule: ...
+
+
+def fit(
+    run: Run,
+    storage: Storage,
+    folder: RunFolder,
+    known: Known,
+    checked: Checked,
+    *,
+    silent: bool,
+    version_key: str | None = None,
+) -> None:
+    """Place the workers and follow them to the end. Ray restarts the group after a lost worker or node.
+
+    Raises what a worker left as its verdict, and TrainError when the retries are used up.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    events = ray.remote(num_cpus=0)(Events).remote()
+    job = Job(
+        run=_for_workers(run, storage),
+        layout=checked.layout,
+        schedule=checked.schedule,
+        data_key=known.data.key,
+        base=known.base,
+        born=folder.state()["born"],
+        run_key=folder.key,
+        version_key=version_key,
+        events=events,
+    )
+    resources = {"CPU": checked.layout.cpus_per_worker}
+    if checked.layout.gpus_per_worker:
+        resources["GPU"] = checked.layout.gpus_per_worker
+    trainer = TorchTrainer(
+        entry,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=checked.layout.workers,
+            use_gpu=checked.layout.device == "cuda",
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            # A name of its own for each start: recovery is ours, by the checkpoints of the run.
+            name=f"{run.name}-{int(time.time() * 1000)}",
+            storage_path=storage.uri(f"{folder.key}/ray"),
+            failure_config=FailureConfig(max_failures=run.scale.retries),
+        ),
+        torch_config=TorchConfig(backend="nccl" if checked.layout.device == "cuda" else "gloo"),
+    )
+    # A worker that does not even answer Ray (a frozen machine) is given up as a hang is.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{min(600, max(30, run.scale.hang_timeout_s)):g}"
+    with ExitStack() as stack:
+        first = max((row.get("step", 0) for row in folder.metrics() if row.get("kind") == "checkpoint"), default=0)
+        sinks = open_trackers(run, storage, folder.key, stack, first=first)
+        display = stack.enter_context(Display(checked.schedule.steps, silent=silent))
+        stack.enter_context(Follower(events, folder, sinks=[display.show, *sinks]))
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            _raise_verdict(folder)
+            raise TrainError(_last_words(run, error)) from error
+    _raise_verdict(folder)
+    storage.remove(f"{folder.key}/ray")
+
+
+def _for_workers(run: Run, storage: Storage) -> dict[str, Any]:
+    """The run with whole paths: workers do not start in the driver's folder."""
+    values = run.model_dump(mode="json")
+    values["storage"] = storage.root
+    if (base := Path(run.model.base).expanduser()).is_dir():
+        values["model"]["base"] = str(base.resolve())
+    if isinstance(run.evaluate.forgetting, str):
+        values["evaluate"]["forgetting"] = str(Path(run.evaluate.forgetting).expanduser().resolve())
+    return values
+
+
+def _raise_verdict(folder: RunFolder) -> None:
+    if verdict := folder.verdict():
+        raise getattr(errors, verdict["kind"])(verdict["message"])
+
+
+def _last_words(run: Run, error: BaseException) -> str:
+    reason = _reason(error)
+    if "out of memory" in reason.lower() or "OutOfMemory" in reason:
+        reason = f"a node ran out of memory; lower optim.micro_batch_size or data.max_length ({reason})"
+    times = f"{run.scale.retries + 1} times" if run.scale.retries else "once"
+    return (
+        f"run {run.name} failed {times}, last with: {reason}\n"
+        "Its checkpoints are kept: the same command resumes it. Workers' logs are in Ray's session folder, logs/train."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """One line: of a traceback the last, which has the error; of anything else the first."""
+    failures = getattr(error, "worker_failures", None)
+    deepest = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
+    lines = [line for line in str(deepest).splitlines() if line.strip()] or [type(deepest).__name__]
+    return (lines[-1] if "Traceback" in lines[0] else lines[0]).strip()
