@@ -14,13 +14,13 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ftray.config.schema import Full, Lora, Method, Model, Optim
+from ftray.config.schema import Full, Method, Model, Optim
 from ftray.train.layout import Layout
 
 ROWS, EPOCHS, BATCH, SAVED_AFTER, LONGEST = 13, 2, 6, 2, 40  # 5 steps, of which the last has only 2 rows
@@ -56,7 +56,7 @@ class Variant:
     micro: int = 2
     checkpointing: bool = False
 
-    method: Method = Full()
+    method: Method = field(default_factory=Full)
     dtype: str = "fp32"
     optimizer: str = "adamw"
     weight_decay: float = 0.0
@@ -78,14 +78,14 @@ class Curve:
     seconds: float
 
 
-def write_base(folder: Path, *, hidden: int = 65, intermediate: int = 71) -> None:
+def write_base(folder: Path, *, hidden: int = 65, intermediate: int = 71, vocab: int = VOCAB) -> None:
     """A Llama with sizes that two, three and four workers do not divide, so that shards are padded."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=2,
@@ -278,7 +278,7 @@ def train(variant: Variant, folder: Path) -> Curve:
         if variant.saves and step + 1 == SAVED_AFTER:
             keeper.take(engine, named, step=step + 1)
     if variant.version:
-        _write_version(variant, folder, model, {n: t for n, t in state.gather(engine, named, moments=False)})
+        _write_version(variant, folder, model, dict(state.gather(engine, named, moments=False)))
     engine.destroy()
     del engine, model, named
     gc.collect()
