@@ -15,15 +15,6 @@ from ftray.errors import ClusterError, StorageError
 from ftray.store.paths import Storage
 from ftray.train.layout import Node
 
-# Set before a worker's first import. Idle OpenMP threads give their core away, since workers share it with Ray and with
-# each other. malloc keeps what it has freed: training on CPUs asks for the same large tensors at every step, and giving
-# them back to the kernel cost 15 % of the processor time.
-WORKER_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
-}
 AHEAD = 8  # chunks of rows in flight per CPU
 
 
@@ -35,6 +26,8 @@ def connect(address: str | None) -> None:
 
     if ray.is_initialized():
         return
+    # For a cluster that starts here: workers share their cores with Ray, so idle OpenMP threads give theirs away.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -43,7 +36,6 @@ def connect(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=None if address or "RAY_ADDRESS" in os.environ else False,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"

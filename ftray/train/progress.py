@@ -51,6 +51,8 @@ class Follower:
         last = False
         while not last:
             last = self._stop.wait(POLL_S)
+            if not ray.is_initialized():
+                return
             try:
                 rows = ray.get(self.events.take.remote(), timeout=30)
             except RayError:  # the actor's node died: rows of the last half second are lost, the run is not

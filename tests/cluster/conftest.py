@@ -98,7 +98,7 @@ def run_writer(small_base, orders, tmp_path):
             "data.eval_sources": [str(orders / "eval.jsonl")],
             "data.max_length": 192,
             "optim.steps": 30,
-            "optim.batch_size": 8,
+            "optim.batch_size": 6,  # for 1, 2 and 3 workers
             "optim.lr": 5e-3,
             "scale.workers": 2,
             "scale.cpus_per_worker": 1,

@@ -55,7 +55,7 @@ def test_a_killed_node_costs_at_most_one_interval(cluster, run_file, undisturbed
     same_curve(live.folder, undisturbed)
 
 
-def test_after_a_killed_driver_the_same_command_resumes_from_the_newest_complete_checkpoint(
+def test_after_a_killed_driver_a_run_resumes_from_its_newest_complete_checkpoint_on_more_workers(
     cluster, run_file, undisturbed
 ):
     path = run_file()
@@ -81,7 +81,7 @@ def test_after_a_killed_driver_the_same_command_resumes_from_the_newest_complete
     data = storage.read_bytes(f"{good.folder}/{part}")
     storage.write_bytes(f"{checkpoints.folder(good.step + 1, 'half')}/{part}", data[: len(data) // 2])
 
-    live = Live(run)
+    live = Live(load_run(path, ["scale.workers=3"]))
     live.wait_for(lambda: len(rows(folder, "started")) > 1)
     print(f"driver: training again after {time.monotonic() - killed:.0f} s")
     outcome = live.end()
@@ -128,7 +128,8 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_its_rows(cluster, run_fi
     assert Registry(_storage(run)).names() == []
 
 
-def test_a_hang_leaves_stacks_and_the_run_goes_on(cluster, run_file, undisturbed):
+@pytest.mark.slow
+def test_a_frozen_worker_leaves_the_others_stacks_and_the_run_goes_on(cluster, run_file, undisturbed):
     live = Live(load_run(run_file(scale__hang_timeout_s=12)))
     live.wait_for_step(7)
     os.kill(live.rows("started")[0]["pid"], signal.SIGSTOP)
