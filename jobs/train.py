@@ -2,7 +2,7 @@
 
 import sys
 
-from ftray.cli import main
+from ftray.cli import job
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(job.run("train"))

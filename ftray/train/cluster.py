@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -121,7 +122,7 @@ def check_storage(storage: Storage) -> None:
     key = f"probes/{token}"
     storage.write_bytes(f"{key}/driver", token.encode())
     try:
-        ask = ray.remote(num_cpus=0, max_retries=0)(_sees)
+        ask = ray.remote(num_cpus=0, max_retries=3, retry_exceptions=True)(_sees)
         asked = {}
         for node in alive:
             name = node["NodeManagerAddress"]
@@ -170,7 +171,19 @@ def spread_over_cpus(fn: Callable[[Any], Any], chunks: Iterable[Any]) -> Iterato
 
 
 def _apply(fn: Callable[[Any], Any], chunk: Any) -> Any:
+    stand_still()
     return fn(chunk)
+
+
+def stand_still() -> None:
+    """In a worker: leave a working folder that Ray has unpacked anew meanwhile, as it does where nodes share a machine.
+
+    Libraries ask for the current folder as they are imported, and a folder that is gone has no path.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        os.chdir(tempfile.gettempdir())
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class Keeper:
                 pending.parts = [self.checkpoints.write_part(pending.folder, f"rank-{self.rank:05d}", tensors)]
                 pending.error = None
                 return
-            except (StorageError, OSError) as error:
+            except Exception as error:  # a part that was lost without a word would leave a checkpoint with holes
                 pending.error = error
                 if _is_full(error):
                     return

@@ -358,4 +358,7 @@ class _Worker:
 
 def entry(values: dict[str, Any]) -> None:
     """`train_loop_per_worker`: Ray Train hands over a dict."""
+    from ftray.train.cluster import stand_still
+
+    stand_still()
     train_loop(values["job"])

@@ -113,7 +113,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_keeps_what_was(cluster, 
         pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
     try:
         run = load_run(run_file(storage=str(small), method__kind="full", optim__lr=1e-3, scale__keep_checkpoints=1))
-        with pytest.raises(StorageError, match="(?i)disk full|no space"):
+        with pytest.raises(StorageError, match=r"(?i)disk full|no space"):
             Live(run).end()
         assert RunFolder(_storage(run), run.name).state()["status"] == "failed"
         assert Checkpoints(_storage(run), run.name).newest().step >= INTERVAL
