@@ -15,7 +15,7 @@ import numpy as np
 
 from ftray.data.format import Example, Unusable
 from ftray.data.render import Piece, Renderer
-from ftray.errors import DataError
+from ftray.data.tokenise import PieceTokeniser
 
 
 class Place(NamedTuple):
@@ -96,7 +96,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.renderer = Renderer(self.tokenizer, self.train_on)
-        self.encode = PieceEncoder(self.tokenizer)
+        self.tokenise = PieceTokeniser(self.tokenizer)
         self.bos = str(self.tokenizer.bos_token) if _adds_bos(self.tokenizer) else ""
         self.eos = self.tokenizer.eos_token
 
@@ -148,7 +148,7 @@ class Encoder:
         if not rendered:
             return
         flat = list(chain.from_iterable(rendered))
-        ids = self.encode([p.text for p in flat], [n == 0 for pieces in rendered for n in range(len(pieces))])
+        ids = self.tokenise(rendered)
         if self.tokenizer.eos_token_id is not None:
             for piece, piece_ids in zip(flat, ids, strict=True):
                 if piece.eos:
@@ -201,47 +201,11 @@ class Encoder:
     def _add_questions(self, encoded: Encoded, prompts: Sequence[tuple[Item, str, str]]) -> None:
         kept = set(encoded.places)
         prompts = [prompt for prompt in prompts if prompt[0].place in kept]
-        for (item, _, answer), ids in zip(prompts, self.encode([text for _, text, _ in prompts]), strict=True):
+        for (item, _, answer), ids in zip(prompts, self.tokenise.texts([text for _, text, _ in prompts]), strict=True):
             if len(ids) < self.max_length:
                 encoded.asked.append(Asked(item.place, ids, answer))
             else:
                 encoded.asked_too_long += 1
-
-
-class PieceEncoder:
-    """Tokenises pieces of text without adding special tokens; a piece that is not a row's first, as a continuation."""
-
-    def __init__(self, tokenizer: Any):
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; the model needs a tokenizer.json")
-        self.backend = backend
-        # SentencePiece-like tokenizers put a space before whatever they are given; after a line break they do not
-        self._lead = [] if self._joins(tokenizer) else self._ids(["\n"])[0]
-
-    def __call__(self, texts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
-        """Ids of each text; `first`: which texts begin a row, all of them unless said."""
-        if first is None or not self._lead:
-            return self._ids(texts)
-        led = self._ids([text if start else "\n" + text for text, start in zip(texts, first, strict=True)])
-        return [
-            ids if start else self._continued(text, ids) for text, start, ids in zip(texts, first, led, strict=True)
-        ]
-
-    def _continued(self, text: str, ids: list[int]) -> list[int]:
-        size = len(self._lead)
-        return ids[size:] if ids[:size] == self._lead else self._ids([text])[0]
-
-    def _joins(self, tokenizer: Any) -> bool:
-        pieces = ["ab", "cd", " ef"]
-        ids = list(chain.from_iterable(self._ids(pieces)))
-        return tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "".join(pieces)
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        # many a tokenizer.json comes with truncation or padding switched on
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -78,7 +78,7 @@ class Renderer:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {*map(str, self.tokenizer.all_special_tokens), *(token.content for token in added if token.special)}
         special -= {self.tokenizer.bos_token} - {self.tokenizer.eos_token}
-        self._special = _one_of(special)
+        self._special_end = re.compile(_one_of(special).pattern + r"\Z")
         self._closing = _one_of(special | {token.content for token in added} - {self.tokenizer.bos_token})
         self._frames: dict[tuple, dict[int, Frame]] = {}
         self._asked: dict[tuple, dict[int, str] | None] = {}
@@ -148,12 +148,12 @@ class Renderer:
         asked = self._asked[shape]
         if asked is None:
             return None
-        end_of_turn = self._closing.match(whole, len(whole[: places[trained[-1]][1]].rstrip()))
+        end_of_turn = self._closing.match(whole, _bare_end(whole, places[trained[-1]][1]))
         cuts = []
         for k, (start, end) in places.items():
             _require_answer(messages[k], whole[start:end], k)
-            end = len(whole[:end].rstrip())
-            if not self._ended(whole[:end]):
+            end = _bare_end(whole, end)
+            if not self._ended(whole, end):
                 if end_of_turn and whole.startswith(end_of_turn[0], end):
                     end += len(end_of_turn[0])
                 elif k != trained[-1]:
@@ -269,8 +269,10 @@ class Renderer:
         bare = text.rstrip()
         return Piece(bare, True) if self._ended(bare) else Piece(text, True, eos=True)
 
-    def _ended(self, text: str) -> bool:
-        return any(match.end() == len(text) for match in self._special.finditer(text, max(0, len(text) - 64)))
+    def _ended(self, text: str, end: int | None = None) -> bool:
+        """Whether a special token stands right before `end`."""
+        end = len(text) if end is None else end
+        return self._special_end.search(text, max(0, end - 64), end) is not None
 
     def _whole(self, messages: Messages, tools: Any) -> str:
         whole = self._render(messages, tools)
@@ -317,6 +319,13 @@ def _one_of(tokens: set[str]) -> re.Pattern[str]:
     return re.compile(rf"\s*(?:{names})+" if names else r"(?!)")
 
 
+def _bare_end(text: str, end: int) -> int:
+    """`end` without the white space before it."""
+    while end and text[end - 1].isspace():
+        end -= 1
+    return end
+
+
 def _require_answer(message: dict[str, Any], answer: str, k: int) -> None:
     """Raises Unusable where a template does not write the text of a message, or writes it in another form."""
     content = (message.get("content") or "").strip()
@@ -341,8 +350,8 @@ def _with_text_arguments(messages: Messages) -> Messages:
 def _looks(message: dict[str, Any]) -> tuple:
     """What of a message may decide how a template renders a conversation, its words aside."""
     content = message.get("content") or ""
-    keys = tuple(sorted(message))
-    return (*keys, message["role"], "think>" in content, content[:1].isspace(), content[-1:].isspace(), not content)
+    looks = (message["role"], "think>" in content, content[:1].isspace(), content[-1:].isspace(), not content)
+    return looks if len(message) == 2 else (*looks, *sorted(message))
 
 
 def _mark(message: dict[str, Any]) -> dict[str, Any]:

@@ -253,7 +253,8 @@ def _dataset(source: Source) -> Any:
 def _dataset_digest(source: Source) -> str:
     where = Path(source.path).expanduser()
     if where.is_dir():
-        return _hash(_state(file) for file in _local(source.path))
+        inside = sorted(path for path in where.rglob("*") if path.is_file())
+        return _hash(_state(File(str(path.relative_to(where)), str(path))) for path in inside)
     with _explained(source):
         import datasets
 

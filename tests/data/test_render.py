@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ftray.data.encode import Chunk, Encoder, Item, PieceEncoder
+from ftray.data.encode import Chunk, Encoder, Item
 from ftray.data.format import Example, Unusable
-from ftray.data.render import Renderer
+from ftray.data.render import Piece, Renderer
+from ftray.data.tokenise import PieceTokeniser
 from ftray.errors import DataError
 
 CHATML = (
@@ -180,8 +181,8 @@ def test_what_comes_before_an_answer_is_exactly_what_the_model_is_asked(make_tok
     tokenizer = make_tokenizer(
         template, eos_token="<|endoftext|>" if template in (INST, HEADINGS, None) else "<|im_end|>"
     )
-    renderer, encode = Renderer(tokenizer), PieceEncoder(tokenizer)
-    asked = [encode([renderer.prompt(Example(messages=TALK[:end]))])[0] for end in (2, 4)]
+    renderer, tokenise = Renderer(tokenizer), PieceTokeniser(tokenizer)
+    asked = tokenise.texts([renderer.prompt(Example(messages=TALK[:end])) for end in (2, 4)])
     seen = []
     for ids, mask in _encoded(tokenizer, TALK):
         starts = np.flatnonzero(np.diff(mask.astype(int)) == 1) + 1
@@ -194,6 +195,28 @@ def test_a_space_at_the_end_of_the_prompt_is_not_merged_into_the_answer(make_tok
     ((ids, mask),) = _encoded(tokenizer, ASKED)
     assert tokenizer.decode(ids[mask]) == "Hello!<|im_end|>"
     assert tokenizer.decode(ids[~mask]).endswith("assistant: ")
+
+
+def test_white_space_before_an_answer_is_grouped_as_it_is_when_asked(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    tokenise = PieceTokeniser(tokenizer)
+    # this pre-tokenizer groups white space up to the last character before a word
+    for prompt in ("user:\n\n", "user: \n ", "user:  ", "user:"):
+        pieces = tokenise([[Piece(prompt, False), Piece("Hello", True), Piece("\n\n", False), Piece("\n", True)]])
+        assert pieces[0] == tokenise.texts([prompt])[0]
+        assert tokenizer.decode([i for ids in pieces for i in ids]) == prompt + "Hello\n\n\n"
+
+
+def test_special_tokens_that_take_in_white_space_do_so_as_when_asked(make_tokenizer):
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.add_special_tokens({"eos_token": AddedToken("<|turn|>", rstrip=True, special=True)})
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|turn|>")
+    ((ids, mask),) = _encoded(tokenizer, TALK)
+    ((whole, _),) = _texts(tokenizer, TALK)
+    assert ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids[mask]).replace("\n", "") == "Hello!<|turn|>end<|turn|>"
 
 
 def test_characters_of_several_tokens_are_trained_whole(make_tokenizer):
