@@ -21,7 +21,7 @@ CHUNK_ROWS = 500
 SAMPLE_ROWS = 20  # rows that decide about a source's layout
 SHOT_ROWS = 2000  # training rows of a source from which the few-shot examples are taken
 # reasons for which a source may lose all its rows without an error
-REPEATED = {"duplicate", "near duplicate", "also held out"}
+HARMLESS = {"duplicate", "near duplicate", "also held out", "more than eval_rows"}
 
 
 @dataclass
@@ -102,6 +102,7 @@ class Build:
             rows = self._split_off(split, train)
         trained = self._with_shots(rows) if self.data.few_shot else rows
         yield from self._chunked(trained, held_out=False)
+        self._progress(sum(tally.read for tally in self.tallies))
         yield from self._chunked(iter(split.held()), held_out=True)
 
     def count(self, encoded: Encoded) -> None:
@@ -126,7 +127,7 @@ class Build:
         if self._bad:
             self._refuse()
         for tally in self.tallies:
-            if not tally.kept and set(tally.dropped) - REPEATED:
+            if not tally.kept and set(tally.dropped) - HARMLESS:
                 raise DataError(f"{tally.source.path}: none of its {tally.read:,} rows can be used:{_reasons([tally])}")
         train = self.tallies[: len(self.data.sources)]
         if not any(tally.kept[False] for tally in train):
@@ -142,7 +143,7 @@ class Build:
             yield "note: no rows are held out, so nothing can be compared; set data.eval_fraction or data.eval_sources"
         for tally in self.tallies:
             if tally.read and not tally.kept:
-                yield f"note: {tally.source.path}: all its rows repeat rows of other sources"
+                yield f"note: {tally.source.path}: no row of it is used; {', '.join(tally.dropped)}"
 
     def _split_off(self, split: Split, numbers: range) -> Iterator[Item]:
         any_trained = False

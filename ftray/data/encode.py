@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftray.data.format import Example, Unusable
-from ftray.data.render import Piece, Renderer
+from ftray.data.render import Piece, Renderer, adds_bos
 from ftray.data.tokenise import PieceTokeniser
 
 
@@ -97,7 +97,7 @@ class Encoder:
     def __post_init__(self) -> None:
         self.renderer = Renderer(self.tokenizer, self.train_on)
         self.tokenise = PieceTokeniser(self.tokenizer)
-        self.bos = str(self.tokenizer.bos_token) if _adds_bos(self.tokenizer) else ""
+        self.bos = str(self.tokenizer.bos_token) if adds_bos(self.tokenizer) else ""
         self.eos = self.tokenizer.eos_token
 
     def __call__(self, chunk: Chunk) -> Encoded:
@@ -206,7 +206,3 @@ class Encoder:
                 encoded.asked.append(Asked(item.place, ids, answer))
             else:
                 encoded.asked_too_long += 1
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +23,7 @@ from ftray.data.build import Build
 from ftray.data.encode import Asked, Chunk, Encoded, Encoder, Question
 from ftray.data.report import DataReport, histogram, marked_text
 from ftray.data.tokens import TokenStore, TokenWriter
-from ftray.errors import DataError
+from ftray.errors import DataError, StorageError
 
 CODE_VERSION = 1  # raised whenever the same input gives other tokens, so that no stale cache is used
 COMPLETE = "COMPLETE.json"
@@ -76,12 +78,12 @@ def prepare(
             too_long=data.too_long,
             few_shot=data.few_shot,
         )
-        with tempfile.TemporaryDirectory(prefix="ftray-data-", dir=workdir) as folder:
+        with _scratch(workdir) as folder:
             build = Build(data, encoder, seed=seed, on_progress=on_progress)
-            _write(build, map_chunks or map, Path(folder), digest)
+            _write(build, map_chunks or map, folder, digest)
             # another run may have prepared the same meanwhile, and its files are in use
             if not storage.exists(f"{key}/{COMPLETE}"):
-                storage.upload(Path(folder), key)
+                storage.upload(folder, key)
     prepared = open_prepared(storage, key, workdir)
     return replace(prepared, report=prepared.report.weighted(data))
 
@@ -118,6 +120,22 @@ def content_digest(data: Data, *, objective: Sft | Pretrain, fingerprint: str, s
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _scratch(workdir: Path | None) -> Iterator[Path]:
+    if workdir is not None:
+        workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="ftray-data-", dir=workdir) as folder:
+            yield Path(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = workdir or tempfile.gettempdir()
+        raise StorageError(
+            f"disk full while preparing data in {where}; free space, or point TMPDIR elsewhere"
+        ) from error
 
 
 def _write(build: Build, map_chunks: MapChunks, folder: Path, digest: str) -> None:

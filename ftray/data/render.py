@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from ftray.data.format import Example, Unusable
 from ftray.errors import DataError
 
-# What a tokenizer without a chat template gets: "Role: text" paragraphs, each answer ended by EOS.
+# "Role: text" paragraphs, each answer ended by EOS
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -35,6 +35,16 @@ MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OPEN, CLOSE = "\ue000", "\ue001"
 
 Messages = list[dict[str, Any]]
+
+
+def plain_template(tokenizer: Any) -> str:
+    """The chat template of a tokenizer that has none; whoever serves the model needs the same."""
+    return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts BOS before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 class Piece(NamedTuple):
@@ -73,7 +83,7 @@ class Renderer:
             template = template.get("default") or next(iter(template.values()), None)
         if not template and not self.tokenizer.eos_token:
             raise DataError("the tokenizer has neither a chat template nor an EOS token; give the model one of them")
-        self.template: str = template or PLAIN_TEMPLATE
+        self.template: str = template or plain_template(self.tokenizer)
         self.marked = bool(MARKERS.search(self.template))
         added = self.tokenizer.added_tokens_decoder.values()
         special = {*map(str, self.tokenizer.all_special_tokens), *(token.content for token in added if token.special)}
@@ -126,7 +136,7 @@ class Renderer:
             return [self._closed(whole)]
         turns = {k: self._turn(messages, k, example.tools, whole) for k in untrained if k}
         joined = self._joined(whole, turns)
-        if not joined:
+        if not joined or 0 in untrained:
             raise Unusable("no example with its answer left out", "the template rewrites earlier turns", bad=False)
         rest = whole[sum(len(piece.text) for piece in joined) :]
         pieces = [Piece(piece.text, not piece.trained) for piece in joined]

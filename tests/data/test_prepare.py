@@ -125,7 +125,7 @@ def test_rows_are_streamed(write, prepared, storage, tokenizer):
         map_chunks=watching, on_progress=lambda rows: read.__setitem__(0, rows),
     )  # fmt: skip
     assert seen[0] <= 1000
-    assert read[0] == 2000
+    assert read[0] == 2500
 
 
 def test_a_prepared_set_in_an_object_store_is_copied_once(write, prepared, tokenizer, tmp_path, monkeypatch):
@@ -317,6 +317,26 @@ def test_a_template_and_a_system_message_reach_the_prompt(write, prepared, token
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nClassify: Where is my card?<|im_end|>\n"
         "<|im_start|>assistant\ncard<|im_end|>"
     ]
+
+
+def test_held_out_sources_may_be_left_out_by_eval_rows(write, prepared):
+    data = prepared(write("a.jsonl", PAIRS[:5]), eval_sources=[write("b.jsonl", PAIRS[5:7])], eval_rows=0)
+    assert (len(data.train), len(data.eval)) == (5, 0)
+    assert any("b.jsonl: no row of it is used; more than eval_rows" in note for note in data.report.notes)
+
+
+def test_a_full_disk_is_one_clear_error(write, prepared, monkeypatch):
+    import errno
+
+    from ftray.data.tokens import TokenWriter
+    from ftray.errors import StorageError
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TokenWriter, "close", full)
+    with pytest.raises(StorageError, match=r"disk full while preparing data in .*TMPDIR"):
+        prepared(write("a.jsonl", PAIRS))
 
 
 def test_near_duplicates_are_dropped_when_asked_for(write, prepared):

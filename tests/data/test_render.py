@@ -169,6 +169,17 @@ def test_a_tokenizer_without_a_template_gets_the_plain_one(make_tokenizer):
     assert Renderer(tokenizer).prompt(Example(messages=ASKED)) == "User: Hi\n\nAssistant:"
 
 
+def test_the_plain_template_begins_with_bos_where_the_tokenizer_would_put_it(make_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(None)
+    bos = ("<|bos|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
+    assert Renderer(tokenizer).prompt(Example(messages=ASKED)) == "<|bos|>User: Hi\n\nAssistant:"
+    ((ids, _),) = _encoded(tokenizer, ASKED)
+    assert ids.tolist().count(tokenizer.bos_token_id) == 1
+
+
 def test_a_tokenizer_with_neither_template_nor_eos_is_an_error(make_tokenizer):
     tokenizer = make_tokenizer(None)
     tokenizer.eos_token = None

@@ -46,9 +46,14 @@ def test_the_same_rows_come_from_every_text_format(write, name, content):
 
 @pytest.mark.parametrize(("extension", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
 def test_compressed_files_are_read_as_they_are(tmp_path, extension, compress):
-    path = tmp_path / f"a.jsonl{extension}"
-    path.write_bytes(compress("\n".join(map(json.dumps, ROWS)).encode()))
-    assert _data(path) == ROWS
+    for name, text in (
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS))),
+        ("a.json", json.dumps(ROWS)),
+        ("a.csv", "prompt,completion\na,1\nb,2\n"),
+    ):
+        path = tmp_path / (name + extension)
+        path.write_bytes(compress(text.encode()))
+        assert _data(path) == ROWS
 
 
 def test_parquet_keeps_lists_and_objects(tmp_path):
