@@ -5,9 +5,11 @@ An `Encoder` and its chunks pickle, so a chunk can be encoded anywhere; what com
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -99,6 +101,10 @@ class Encoder:
         self.tokenise = PieceTokeniser(self.tokenizer)
         self.bos = str(self.tokenizer.bos_token) if adds_bos(self.tokenizer) else ""
         self.eos = self.tokenizer.eos_token
+
+    def __reduce__(self):
+        options = tuple(getattr(self, option.name) for option in fields(self) if option.name != "tokenizer")
+        return (_restored, (pickle.dumps(self.tokenizer), options))
 
     def __call__(self, chunk: Chunk) -> Encoded:
         encoded = Encoded(chunk.held_out)
@@ -206,3 +212,9 @@ class Encoder:
                 encoded.asked.append(Asked(item.place, ids, answer))
             else:
                 encoded.asked_too_long += 1
+
+
+@lru_cache(maxsize=2)
+def _restored(tokenizer: bytes, options: tuple) -> Encoder:
+    """The same encoder for every chunk that a process gets: building a large tokenizer takes longer than a chunk."""
+    return Encoder(pickle.loads(tokenizer), *options)

@@ -109,6 +109,15 @@ def test_chunks_and_their_encoder_can_be_sent_to_other_processes(write, prepared
     assert len(sent.train) > 500
 
 
+def test_a_process_builds_an_encoder_once_however_often_it_is_sent(tokenizer):
+    from ftray.data.encode import Encoder
+
+    packed = pickle.dumps(Encoder(tokenizer, max_length=77, few_shot=2))
+    first, again = pickle.loads(packed), pickle.loads(packed)
+    assert first is again
+    assert (first.max_length, first.few_shot, first.tokenizer.chat_template) == (77, 2, tokenizer.chat_template)
+
+
 def test_rows_are_streamed(write, prepared, storage, tokenizer):
     from ftray.data.prepare import prepare
 
