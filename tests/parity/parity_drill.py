@@ -64,6 +64,7 @@ class Variant:
     base: str = "base"
 
     saves: str | None = None  # run whose checkpoint is written after SAVED_AFTER steps
+    spread: bool = False  # every worker writes a part of it, as for large models
     resumes: str | None = None  # run whose newest checkpoint it starts from
     version: bool = False  # write the tuned version to versions/<name>, and the logits of the first row beside it
 
@@ -215,9 +216,9 @@ def train(variant: Variant, folder: Path) -> Curve:
     from ftray.objectives import language
     from ftray.store.checkpoints import Checkpoints
     from ftray.store.paths import Storage
+    from ftray.train import keeper as keeper_module
     from ftray.train import state
     from ftray.train.deepspeed import build_engine, deepspeed_config, update
-    from ftray.train.keeper import Keeper
     from ftray.train.schedule import Windows
 
     began = time.monotonic()
@@ -250,7 +251,8 @@ def train(variant: Variant, folder: Path) -> Curve:
     model.train()
 
     checkpoints = Checkpoints(Storage(str(folder / "store")), variant.saves or variant.resumes or variant.name)
-    keeper = Keeper(checkpoints, keep=2, meta={"workers": workers}, log=lambda row: None)
+    keeper_module.SPREAD_BYTES = 0 if variant.spread else 2**40
+    keeper = keeper_module.Keeper(checkpoints, keep=2, meta={"workers": workers}, log=lambda row: None)
     first = 0
     if variant.resumes:
         checkpoint, tensors = keeper.newest()
