@@ -86,14 +86,17 @@ def _make_moments(engine, *, steps: int | None) -> None:
     if hasattr(base, "init_state"):  # bitsandbytes
         _make_bitsandbytes_state(base, steps)
         return
-    for flat in _flat_parameters(engine):
-        entry = base.state[flat]
-        if steps is not None or "step" not in entry:
-            device = flat.device if base.defaults.get("fused") else "cpu"
-            entry["step"] = torch.tensor(float(steps or 0), dtype=torch.float32, device=device)
-        for moment in MOMENTS:
-            if moment not in entry:
-                entry[moment] = torch.zeros_like(flat)
+    with _shards(engine, written=True) as shards:
+        for group, flat in enumerate(_flat_parameters(engine)):
+            entry = base.state[flat]
+            if steps is not None or "step" not in entry:
+                device = flat.device if base.defaults.get("fused") else "cpu"
+                entry["step"] = torch.tensor(float(steps or 0), dtype=torch.float32, device=device)
+            if missing := [moment for moment in MOMENTS if moment not in entry]:
+                if shards is not None:
+                    shards.bring(group)
+                for moment in missing:
+                    entry[moment] = torch.zeros_like(flat)
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         # DeepSpeed links a parameter to its moments once, while the first group steps: with two groups the second has
         # none yet and stays unlinked.
@@ -182,6 +185,13 @@ class _Shards:
         shard.zero_()
         shard[: piece.numel()].copy_(piece)
 
+    def bring(self, group: int) -> None:
+        """From here on the sub-group is in memory; the one before goes back to NVMe."""
+        if group != self._resident and self.optimizer._swappable_optimizer_subgroup(group):
+            self.close()
+            self.optimizer._optimizer_states_and_gradient_swap_in(group)
+            self._resident = group
+
     def close(self) -> None:
         group, self._resident = self._resident, None
         if group is None:
@@ -193,10 +203,7 @@ class _Shards:
 
     def _of(self, parameter, moment: str | None) -> torch.Tensor:
         group, start, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        if group != self._resident and self.optimizer._swappable_optimizer_subgroup(group):
-            self.close()
-            self.optimizer._optimizer_states_and_gradient_swap_in(group)
-            self._resident = group
+        self.bring(group)
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         whole = flat if moment is None else self.optimizer.optimizer.state[flat][moment]
         return whole.data.narrow(0, start, length)

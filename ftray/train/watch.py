@@ -10,13 +10,20 @@ import threading
 import time
 from collections.abc import Callable
 
+ASK_S = 20.0
+
 
 class Watchdog:
-    """Ends the process when `beat` was not called for `limit_s`; `on_hang(text)` gets all threads' stacks first."""
+    """Ends the process when `beat` was not called for `limit_s`; `on_hang(text)` gets all threads' stacks first.
 
-    def __init__(self, limit_s: float, on_hang: Callable[[str], None]):
+    It also ends it when `beat` was late and `stopped()` is true: another worker has given up alone, and waiting for it
+    in a collective would be in vain.
+    """
+
+    def __init__(self, limit_s: float, on_hang: Callable[[str], None], stopped: Callable[[], bool] = lambda: False):
         self.limit_s = limit_s
         self.on_hang = on_hang
+        self.stopped = stopped
         self._last = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ftray-watchdog", daemon=True)
@@ -32,8 +39,14 @@ class Watchdog:
         self._last = time.monotonic()
 
     def _watch(self) -> None:
+        asked = 0.0
         while not self._stop.wait(min(1.0, self.limit_s / 4)):
-            if time.monotonic() - self._last > self.limit_s:
+            late = time.monotonic() - self._last
+            if late > ASK_S and time.monotonic() - asked > ASK_S / 2:
+                asked = time.monotonic()
+                if self.stopped():
+                    os._exit(71)
+            if late > self.limit_s:
                 try:
                     self.on_hang(stacks())
                 finally:

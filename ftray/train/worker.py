@@ -10,12 +10,12 @@ import os
 import socket
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ftray.config.schema import Run
-from ftray.errors import FtrayError, TrainError
+from ftray.errors import FtrayError, ModelError, TrainError
 from ftray.train.layout import Layout
 from ftray.train.schedule import Schedule, Windows
 
@@ -38,14 +38,14 @@ class Job:
 def train_loop(job: Job) -> None:
     """Ray Train's entry. Errors that the user can fix become a verdict in the run's folder instead of restarts."""
     started = time.monotonic()
-    import ray.train
-
     from ftray.store.paths import Storage
     from ftray.store.runs import RunFolder
 
     run = Run.model_validate(job.run)
     storage = Storage(run.storage)
-    rank = ray.train.get_context().get_world_rank()
+    folder = RunFolder(storage, run.name)
+    if folder.verdict():
+        return  # a worker met it alone, and the group was restarted to end together
     try:
         worker = _Worker(job, run, storage, started)
         if job.version_key is None:
@@ -53,9 +53,8 @@ def train_loop(job: Job) -> None:
         else:
             worker.evaluate(job.version_key)
     except FtrayError as error:
-        # All workers meet the same error at the same point, or are told of it; a restart would only meet it again.
-        if rank == 0:
-            RunFolder(storage, run.name).set_verdict(type(error).__name__, str(error))
+        # A restart would only meet it again. Workers that did not meet it end by their watchdog, see the verdict, return.
+        folder.set_verdict(type(error).__name__, str(error))
 
 
 class _Worker:
@@ -66,6 +65,7 @@ class _Worker:
 
         from ftray.data.prepare import open_prepared
         from ftray.store.checkpoints import Checkpoints
+        from ftray.store.runs import RunFolder
         from ftray.train.deepspeed import init_distributed
         from ftray.train.keeper import Keeper
 
@@ -78,6 +78,9 @@ class _Worker:
         self.device = ray.train.torch.get_device() if self.layout.device == "cuda" else torch.device("cpu")
         self.data = open_prepared(storage, job.data_key, Path(tempfile.gettempdir(), "ftray-data"))
         self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
+        self._folder = RunFolder(storage, run.name)
+        if (halved := self._kept("micro.json")) is not None:
+            self.layout = replace(self.layout, micro_batch_size=halved)
         self.keeper = Keeper(
             Checkpoints(storage, run.name, job.born),
             keep=run.scale.keep_checkpoints,
@@ -86,9 +89,7 @@ class _Worker:
         )
 
     def train(self) -> None:
-        from ftray.train.watch import Watchdog
-
-        with Watchdog(self.run.scale.hang_timeout_s, self._hung) as self.watchdog:
+        with self._watched() as self.watchdog:
             self._build()
             first = self._resume()
             self._before(first)
@@ -99,9 +100,7 @@ class _Worker:
 
     def evaluate(self, version_key: str) -> None:
         """Score the base, and then a version's files read into it."""
-        from ftray.train.watch import Watchdog
-
-        with Watchdog(self.run.scale.hang_timeout_s, self._hung) as self.watchdog:
+        with self._watched() as self.watchdog:
             self._build()
             self.log({"kind": "phase", "text": "scoring the base"})
             self._keep("before.json", self.meter.full())
@@ -114,8 +113,9 @@ class _Worker:
     def _build(self) -> None:
         import torch
 
+        from ftray.data.render import plain_template
         from ftray.models.adapt import adapt, trainable
-        from ftray.models.load import load_base, load_tokenizer
+        from ftray.models.load import fingerprint, load_base, load_tokenizer
         from ftray.train.deepspeed import build_engine, deepspeed_config
         from ftray.train.measure import Meter
 
@@ -126,7 +126,14 @@ class _Worker:
             from transformers.integrations import HfDeepSpeedConfig
 
             self._zero3 = HfDeepSpeedConfig(deepspeed_config(layout=layout, optim=run.optim, dtype=self.dtype))
+        if (found := fingerprint(run.model)) != self.job.base:
+            raise ModelError(
+                f"model.base: {run.model.base} is another model on {socket.gethostname()} ({found[:19]}) than where the "
+                f"run was started ({self.job.base[:19]}); copy it there, or name a folder that every node mounts"
+            )
         self.tokenizer = load_tokenizer(run.model)
+        if not self.tokenizer.chat_template:
+            self.tokenizer.chat_template = plain_template(self.tokenizer)
         model = load_base(
             run.model, method=run.method, dtype=self.dtype, attention=layout.attention, zero3=layout.zero == 3
         )
@@ -213,7 +220,11 @@ class _Worker:
         counts = self.data.train.trained_counts[rows]
         torch.manual_seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)  # dropout, whatever came before
         rate = self.schedule.lr_at(step)
-        done = update(self.engine, micros, self._loss, count=max(1, int(counts.sum())), lr=rate)
+        try:
+            done = update(self.engine, micros, self._loss, count=max(1, int(counts.sum())), lr=rate)
+        except torch.OutOfMemoryError as error:
+            self._halve(error)
+            raise
         sums = torch.tensor([sum(done.sums), float(self.keeper.busy)], dtype=torch.float64)
         total, busy = summed(sums, self.layout.device).tolist()
         loss = total / max(1, int(counts.sum()))
@@ -241,6 +252,18 @@ class _Worker:
             self.keeper.take(self.engine, self.named, step=after)
         if self.schedule.evaluates_after(after):
             self._evaluate(after)
+
+    def _halve(self, error: BaseException) -> None:
+        """The GPU ran full: restart with micro-batches half the size, which changes the layout and not the gradient."""
+        size = self.layout.micro_batch_size
+        if size > 1:
+            self.storage.write_json(f"{self.job.run_key}/micro.json", size // 2)
+            return
+        text = (
+            f"one example of data.max_length: {self.run.data.max_length} tokens does not fit on a GPU ({error}); "
+            "lower it, or set scale.gradient_checkpointing: true, scale.zero: 3 or method.bits: 4"
+        )
+        self._folder.set_verdict(TrainError.__name__, text.splitlines()[0])
 
     def _micros(self, rows):
         from ftray.data.pack import deal
@@ -350,6 +373,11 @@ class _Worker:
             f"step {step + 1}: the {what} is not a number; rows of the batch: {shown}. Look at them, or lower optim.lr "
             f"(now {self.schedule.lr_at(step):.3g}); the run resumes from the checkpoint before"
         )
+
+    def _watched(self):
+        from ftray.train.watch import Watchdog
+
+        return Watchdog(self.run.scale.hang_timeout_s, self._hung, lambda: self._folder.verdict() is not None)
 
     def _hung(self, stacks: str) -> None:
         name = f"rank-{self.rank}-{int(time.time())}.txt"
