@@ -53,7 +53,7 @@ def train_loop(job: Job) -> None:
         else:
             worker.evaluate(job.version_key)
     except FtrayError as error:
-        # A restart would only meet it again. Workers that did not meet it end by their watchdog, see the verdict, return.
+        # A restart would only meet it again. Workers that did not meet it are ended by their watchdogs.
         folder.set_verdict(type(error).__name__, str(error))
 
 
@@ -128,8 +128,8 @@ class _Worker:
             self._zero3 = HfDeepSpeedConfig(deepspeed_config(layout=layout, optim=run.optim, dtype=self.dtype))
         if (found := fingerprint(run.model)) != self.job.base:
             raise ModelError(
-                f"model.base: {run.model.base} is another model on {socket.gethostname()} ({found[:19]}) than where the "
-                f"run was started ({self.job.base[:19]}); copy it there, or name a folder that every node mounts"
+                f"model.base: {run.model.base} is another model on {socket.gethostname()} ({found[:19]}) than where "
+                f"the run was started ({self.job.base[:19]}); copy it there, or name a folder that every node mounts"
             )
         self.tokenizer = load_tokenizer(run.model)
         if not self.tokenizer.chat_template:
