@@ -37,7 +37,8 @@ def deepspeed_config(*, layout: Layout, optim: Optim, dtype: torch.dtype) -> dic
         if layout.zero == 3:
             zero["offload_param"] = {**device, "pin_memory": layout.device == "cuda"}
             if layout.offload == "nvme":
-                zero["offload_param"] |= {"buffer_size": 100_000_000, "max_in_cpu": 1_000_000_000}
+                share = -(-layout.largest_weight // layout.workers)
+                zero["offload_param"] |= {"buffer_size": max(1_000_000, share), "max_in_cpu": 1_000_000_000}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,

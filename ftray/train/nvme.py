@@ -6,8 +6,10 @@ leaves the others waiting, and where the build's lock, a file that outlives a ki
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import logging
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ LIBAIO = (
 def make_nvme_ready(path: str) -> None:
     """Builds the operator and tries the folder, before the model is loaded. All workers call it together.
 
+    What this worker swaps there is removed when it ends, and what a killed one left, now. `path` belongs to one run.
     Raises the same ClusterError on every worker where a machine lacks what it needs.
     """
     problems: list[Any] = [None] * dist.get_world_size()
@@ -40,6 +43,8 @@ def make_nvme_ready(path: str) -> None:
     if hosts:
         text = next(text for _, text in filter(None, problems))
         raise ClusterError(f"{', '.join(hosts)}: {text}")
+    clear(path, dist.get_rank())
+    atexit.register(clear, path, dist.get_rank())
 
 
 def problem(path: str) -> tuple[str, str] | None:
@@ -69,6 +74,12 @@ def problem(path: str) -> tuple[str, str] | None:
             f"DeepSpeed's operator for scale.offload: nvme does not build here ({reason}); use scale.offload: cpu",
         )
     return None
+
+
+def clear(path: str, rank: int) -> None:
+    """Removes what a worker has swapped."""
+    for folder in Path(path).glob(f"zero_stage_3/*/rank{rank}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

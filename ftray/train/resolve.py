@@ -71,12 +71,13 @@ def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool) -> La
         cpus_per_worker=cpus,
         zero=0,
         offload=scale.offload,
-        nvme_path=scale.nvme_path,
+        nvme_path=f"{scale.nvme_path.rstrip('/')}/{run.name}" if scale.nvme_path else None,  # runs may share a disk
         dtype=dtype,
         attention=attention,
         packing=packing,
         micro_batch_size=1,
         gradient_checkpointing=scale.gradient_checkpointing is True,
+        largest_weight=max([shape.embedding_params, *(a * b for a, b in shape.linears.values())]),
     )
     memory = min((node.gpu_bytes for node in nodes if node.gpus), default=0) if device == "cuda" else 0
     layout = replace(layout, zero=_zero(run, layout, shape, memory))

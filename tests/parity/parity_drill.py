@@ -212,18 +212,23 @@ def train(variant: Variant, folder: Path) -> Curve:
 
     from ftray.data.tokens import TokenStore
     from ftray.models.adapt import adapt, trainable
-    from ftray.models.load import load_base
+    from ftray.models.load import Shape, load_base, load_config
     from ftray.objectives import language
     from ftray.store.checkpoints import Checkpoints
     from ftray.store.paths import Storage
     from ftray.train import keeper as keeper_module
     from ftray.train import state
     from ftray.train.deepspeed import build_engine, deepspeed_config, update
+    from ftray.train.nvme import make_nvme_ready
     from ftray.train.schedule import Windows
 
     began = time.monotonic()
     rank, workers = dist.get_rank(), dist.get_world_size()
-    layout = replace(layout_of(variant, workers), nvme_path=str(folder / "nvme"))
+    layout = layout_of(variant, workers)
+    if layout.offload == "nvme":
+        largest = Shape.from_config(load_config(Model(base=str(folder / variant.base)))).embedding_params
+        layout = replace(layout, nvme_path=str(folder / "nvme"), largest_weight=largest)
+        make_nvme_ready(layout.nvme_path)
     optim = optim_of(variant)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[variant.dtype]
     store = TokenStore.open(folder / "rows")

@@ -73,3 +73,12 @@ def test_a_build_of_another_program_is_waited_for(extensions):
     threading.Thread(target=other).start()
     with nvme.alone():
         assert ended
+
+
+def test_what_a_killed_worker_swapped_is_removed_and_what_others_swap_is_not(tmp_path):
+    for rank in (0, 1):
+        folder = tmp_path / "zero_stage_3" / "optimizer" / f"rank{rank}"
+        folder.mkdir(parents=True)
+        (folder / "1.tensor.swp").touch()
+    nvme.clear(str(tmp_path), 1)
+    assert [path.parent.name for path in tmp_path.rglob("*.swp")] == ["rank0"]

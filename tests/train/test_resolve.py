@@ -150,6 +150,12 @@ def test_a_micro_batch_that_was_asked_for_is_kept(llama_8b):
     assert (layout.micro_batch_size, layout.gradient_checkpointing) == (2, False)
 
 
+def test_runs_that_share_an_nvme_disk_swap_into_folders_of_their_own(small):
+    run = run_of(scale={"offload": "nvme", "nvme_path": "/nvme/"})
+    layout = lay_out(run, nodes=[GPUS], shape=small, packs=True)
+    assert (layout.nvme_path, layout.largest_weight) == ("/nvme/r", 4096 * 256)
+
+
 def test_fp16_needs_a_gpu_and_a_stage_that_keeps_fp32(small):
     with pytest.raises(ClusterError, match="fp16 needs GPUs"):
         lay_out(run_of(model={"dtype": "fp16"}), nodes=[CPUS], shape=small, packs=True)
