@@ -168,7 +168,6 @@ class Encoder:
         windows: list[tuple[int, int]] = []
         lost: dict[Place, Unusable] = {}
         for item, (start, end) in zip(owners, pairwise(ends), strict=True):
-            # the first token of a row is never predicted, so a trained flag there counts for nothing
             kept = [(a, b) for a, b in self._fit(encoded, item, start, end) if before[b] > before[min(a + 1, b)]]
             windows += kept
             encoded.places += [item.place] * len(kept)
@@ -178,7 +177,8 @@ class Encoder:
         encoded.dropped += [(place, why) for place, why in lost.items() if place not in found]
         if windows:
             encoded.ids = np.concatenate([joined[a:b] for a, b in windows])
-            encoded.trained = np.concatenate([trained[a:b] for a, b in windows])
+            # nothing comes before a row's first token to predict it from: it is never counted as trained
+            encoded.trained = np.concatenate([np.append(False, trained[a + 1 : b]) for a, b in windows])
             encoded.lengths = np.array([b - a for a, b in windows], np.int64)
 
     def _fit(self, encoded: Encoded, item: Item, start: int, end: int) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from ftray.data.report import DataReport, histogram, marked_text
 from ftray.data.tokens import TokenStore, TokenWriter
 from ftray.errors import DataError, StorageError
 
-CODE_VERSION = 1  # raised whenever the same input gives other tokens, so that no stale cache is used
+CODE_VERSION = 2  # raised whenever the same input gives other tokens, so that no stale cache is used
 COMPLETE = "COMPLETE.json"
 MapChunks = Callable[[Callable[[Chunk], Encoded], Iterable[Chunk]], Iterable[Encoded]]
 

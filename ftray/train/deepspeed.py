@@ -79,10 +79,6 @@ def build_optimizer(named: dict[str, torch.nn.Parameter], *, optim: Optim, lr: f
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
     if optim.optimizer == "adamw":
-        if layout.offload != "none" and layout.device == "cuda":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(groups, lr=lr, betas=optim.betas, adamw_mode=True)
         return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
     import bitsandbytes as bnb
 

@@ -118,9 +118,12 @@ class _Worker:
         from ftray.models.load import fingerprint, load_base, load_tokenizer
         from ftray.train.deepspeed import build_engine, deepspeed_config
         from ftray.train.measure import Meter
+        from ftray.train.nvme import make_nvme_ready
 
         run, layout = self.run, self.layout
         torch.manual_seed(run.seed)
+        if layout.offload == "nvme":
+            make_nvme_ready(layout.nvme_path)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[layout.dtype]
         if layout.zero == 3:
             from transformers.integrations import HfDeepSpeedConfig
