@@ -142,7 +142,14 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
         except FtrayError as error:
             folder.set_state(status="failed", error=str(error))
             raise
-        folder.set_state(status="done", version=version, report=report, comparison=comparison, error=None)
+        folder.set_state(
+            status="done",
+            step=checked.schedule.steps,
+            version=version,
+            report=report,
+            comparison=comparison,
+            error=None,
+        )
         return Outcome(run.name, version, report, comparison, time.monotonic() - began, resumed)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ftray.store.runs import RunFolder
 
 POLL_S = 0.5
+NOTE_EVERY_S = 5.0
 LINE_EVERY_S = 10.0  # where the output is no terminal
 
 
@@ -33,6 +34,8 @@ class Follower:
 
     def __init__(self, events, folder: RunFolder, *, sinks: list[Callable[[list[dict[str, Any]]], None]]):
         self.events, self.folder, self.sinks = events, folder, sinks
+        self._step = 0
+        self._noted = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="ftray-follower", daemon=True)
 
@@ -59,8 +62,16 @@ class Follower:
                 return
             if rows:
                 self.folder.append_metrics(rows)
+                self._note_step(rows, now=last)
                 for sink in self.sinks:
                     sink(rows)
+
+    def _note_step(self, rows: list[dict[str, Any]], *, now: bool) -> None:
+        """How far the run is, for `ftray runs list`; seldom, since storage may be far away."""
+        self._step = max([self._step, *(row["step"] for row in rows if row["kind"] == "train")])
+        if now or time.monotonic() - self._noted > NOTE_EVERY_S:
+            self._noted = time.monotonic()
+            self.folder.set_state(step=self._step)
 
 
 class Display:
