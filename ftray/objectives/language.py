@@ -15,13 +15,15 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Packed: one row holds all examples, `lengths` says where each ends. Padded: one row an example."""
+    """A micro-batch. Packed: one row holds all examples, `lengths` says where each ends. Padded: one row an example.
+
+    Padding needs no attention mask: it stands on the right, where causal attention never looks, and is not trained.
+    """
 
     input_ids: torch.Tensor  # [1, T] packed, [B, T] padded
     predicts: torch.Tensor  # bool, like input_ids: the position's next token is trained
     targets: torch.Tensor  # [N] the tokens to predict, in the order of `predicts`
-    position_ids: torch.Tensor | None  # packed: restart at every example
-    attention_mask: torch.Tensor | None  # padded: 1 for real tokens
+    position_ids: torch.Tensor | None  # packed: restart at every example; padded: None
     lengths: tuple[int, ...]
     rows: tuple[int, ...]  # indices into the token store, to name rows in errors
 
@@ -34,7 +36,6 @@ def pack(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Sequenc
         predicts=torch.from_numpy(np.concatenate([_shift(t) for t in trained]))[None],
         targets=_targets(ids, trained),
         position_ids=_long(np.concatenate([np.arange(n) for n in lengths]))[None],
-        attention_mask=None,
         lengths=tuple(lengths),
         rows=tuple(int(r) for r in rows),
     )
@@ -44,15 +45,14 @@ def pad(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Sequence
     """One example a row, padded on the right to the longest."""
     lengths = [len(x) for x in ids]
     shape = (len(ids), max(lengths))
-    input_ids, mask, predicts = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+    input_ids, predicts = np.full(shape, pad_id, np.int64), np.zeros(shape, bool)
     for b, (x, t) in enumerate(zip(ids, trained, strict=True)):
-        input_ids[b, : len(x)], mask[b, : len(x)], predicts[b, : len(x)] = x, 1, _shift(t)
+        input_ids[b, : len(x)], predicts[b, : len(x)] = x, _shift(t)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         predicts=torch.from_numpy(predicts),
         targets=_targets(ids, trained),
         position_ids=None,
-        attention_mask=torch.from_numpy(mask),
         lengths=tuple(lengths),
         rows=tuple(int(r) for r in rows),
     )
@@ -72,10 +72,9 @@ def trained_logits(model, batch: Batch) -> torch.Tensor:
             "max_length_q": longest,
             "max_length_k": longest,
         }
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     predicts = batch.predicts.to(device)
     output = model(
-        input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False, logits_to_keep=predicts, **packed
+        input_ids=batch.input_ids.to(device), attention_mask=None, use_cache=False, logits_to_keep=predicts, **packed
     )
     return output.logits
 
