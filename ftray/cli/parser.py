@@ -135,7 +135,9 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
         _OVERRIDES,
     )
     _run_file(command)
-    command.add_argument("--ref", help="version or alias, e.g. coffee-bot@v3 (default: the newest of the run's name)")
+    command.add_argument(
+        "--ref", help="a version or alias, e.g. coffee-bot@v3 (default: the run's name: its @prod, or else its newest)"
+    )
     _json(command)
 
 

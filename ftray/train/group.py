@@ -57,7 +57,7 @@ def fit(
         data_key=known.data.key,
         base=known.base,
         born=folder.state()["born"],
-        run_key=folder.key,
+        folder=folder.name,
         version_key=version_key,
         events=events,
     )

@@ -3,17 +3,24 @@ before workers start; then Ray Train places them, and what they leave in storage
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ftray.config import load
 from ftray.config.schema import Run
+from ftray.data.order import epoch_rows
+from ftray.data.report import DataReport
 from ftray.errors import ConfigError, FtrayError, ModelError
 from ftray.evaluate.compare import check_gate
+from ftray.models.adapt import default_lr
+from ftray.models.load import fingerprint
+from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
@@ -45,11 +52,11 @@ class CheckResult:
     """What `ftray check` found out. `ok`: the run fits what there is."""
 
     run: dict[str, Any]
-    data: Any
+    data: DataReport
     plan: plan.Plan
     layout: Layout
     schedule: Schedule
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
 
     @property
     def ok(self) -> bool:
@@ -78,8 +85,6 @@ def train(run: Run, *, fresh: bool = False, as_json: bool = False) -> Outcome:
 
 def check(run: Run) -> CheckResult:
     """Data, base, method and fit, on the cluster that `scale.address` or RAY_ADDRESS names, else on this machine."""
-    import os
-
     with cluster.quiet():
         storage = _storage(run)
         known = Known.of(run, storage)
@@ -93,24 +98,29 @@ def check(run: Run) -> CheckResult:
 
 
 def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
-    """Score a version (`ref`, or the run's own newest) against its base on the run's held-out rows, now."""
+    """Score a version against its base on the run's held-out rows, now. `ref`: the run's name unless given."""
     with cluster.quiet():
         began = time.monotonic()
         storage = _storage(run)
         version = Registry(storage).resolve(ref or run.name)
-        if version.card["base"] != run.model.base:
-            raise ModelError(f"{version.id} was tuned on {version.card['base']}, not on model.base: {run.model.base}")
+        if version.card.get("base_fingerprint") not in (None, fingerprint(run.model)):
+            raise ModelError(
+                f"model.base: {version.id} was tuned on {version.card['base']}, which is not what {run.model.base} is "
+                "now; name the base, or the revision, that it was tuned on"
+            )
         run = load.run_from({**run.model_dump(mode="json"), "method": version.card["method"]}, source=version.id)
         ray_ready = _connecting(run.scale.address)
         known = Known.of(run, storage, ray_ready=ray_ready)
         ray_ready()
         checked = _resolve(run, known, cluster.nodes())
         cluster.check_storage(storage)
-        folder = RunFolder(storage, f"{run.name}-evaluation")
-        with folder.lease():
+        folder = RunFolder(storage, f"{run.name}.evaluation")  # no run's name has a dot
+        with folder.lease() as lease:
             folder.begin({"run": checked.run, "settings": checked.settings, "base": known.base}, fresh=True)
-            fit(run, storage, folder, known, checked, silent=False, version_key=version.key)
-            report, comparison = write_comparison(run, storage, folder, checked=checked, version=version)
+            folder.set_state(status="evaluating")
+            with _failure_noted(folder, lease):
+                fit(run, storage, folder, known, checked, silent=False, version_key=version.key)
+                report, comparison = write_comparison(run, storage, folder, checked=checked, version=version)
             folder.set_state(status="done", version=version.id, report=report, comparison=comparison)
         return Outcome(run.name, version.id, report, comparison, time.monotonic() - began, False)
 
@@ -119,7 +129,7 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
     began = time.monotonic()
     storage = _storage(run)
     folder = RunFolder(storage, run.name)
-    with folder.lease():
+    with folder.lease() as lease:
         if not fresh and (finished := _finished(run, folder, began)):
             say(f"Run {run.name} is finished; `--fresh` starts it over.")
             return finished
@@ -135,13 +145,11 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
         resumed = not fresh and folder.resolved() is not None
         folder.begin(resolved, fresh=fresh)
         folder.set_state(status="training", total_steps=checked.schedule.steps)
-        try:
+        with _failure_noted(folder, lease):
             fit(run, storage, folder, known, checked, silent=silent)
+            lease.check()
             folder.set_state(status="evaluating")
             version, report, comparison = conclude(run, storage, folder, known=known, checked=checked)
-        except FtrayError as error:
-            folder.set_state(status="failed", error=str(error))
-            raise
         folder.set_state(
             status="done",
             step=checked.schedule.steps,
@@ -153,10 +161,17 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
         return Outcome(run.name, version, report, comparison, time.monotonic() - began, resumed)
 
 
-def _resolve(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
-    from ftray.data.order import epoch_rows
-    from ftray.models.adapt import default_lr
+@contextmanager
+def _failure_noted(folder: RunFolder, lease: Lease) -> Iterator[None]:
+    try:
+        yield
+    except FtrayError as error:
+        if not lease.lost:  # else the folder is another driver's by now
+            folder.set_state(status="failed", error=str(error))
+        raise
 
+
+def _resolve(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
     layout = resolve.lay_out(run, nodes=nodes, shape=known.shape, packs=known.packs)
     lr = default_lr(run.method, known.shape.parameters) if run.optim.lr == "auto" else run.optim.lr
     store = known.data.train
@@ -263,13 +278,9 @@ def _connecting(address: str | None) -> Callable[[], None]:
 
 
 def _shown(value: Any) -> str:
-    return (
-        {True: "yes", False: "no"}[value]
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _say(text: str) -> None:

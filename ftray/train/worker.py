@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import tempfile
@@ -30,7 +31,7 @@ class Job:
     data_key: str
     base: str  # fingerprint of the base, which every node must agree on
     born: str
-    run_key: str
+    folder: str  # name of the run's folder in the storage; an evaluation has its own
     version_key: str | None = None  # set: train nothing, score this version's files against the base
     events: Any = None
 
@@ -43,11 +44,11 @@ def train_loop(job: Job) -> None:
 
     run = Run.model_validate(job.run)
     storage = Storage(run.storage)
-    folder = RunFolder(storage, run.name)
+    folder = RunFolder(storage, job.folder)
     if folder.verdict():
         return  # a worker met it alone, and the group was restarted to end together
     try:
-        worker = _Worker(job, run, storage, started)
+        worker = _Worker(job, run, folder, started)
         if job.version_key is None:
             worker.train()
         else:
@@ -58,18 +59,18 @@ def train_loop(job: Job) -> None:
 
 
 class _Worker:
-    def __init__(self, job: Job, run: Run, storage, started: float):
+    def __init__(self, job: Job, run: Run, folder, started: float):
         import ray.train.torch
         import torch
         import torch.distributed as dist
 
         from ftray.data.prepare import open_prepared
         from ftray.store.checkpoints import Checkpoints
-        from ftray.store.runs import RunFolder
         from ftray.train.deepspeed import init_distributed
         from ftray.train.keeper import Keeper
 
-        self.job, self.run, self.storage, self.started = job, run, storage, started
+        self.job, self.run, self.folder, self.started = job, run, folder, started
+        self.storage = storage = folder.storage
         self.layout, self.schedule = job.layout, job.schedule
         if self.layout.device == "cpu":
             torch.set_num_threads(max(1, int(self.layout.cpus_per_worker)))
@@ -78,11 +79,10 @@ class _Worker:
         self.device = ray.train.torch.get_device() if self.layout.device == "cuda" else torch.device("cpu")
         self.data = open_prepared(storage, job.data_key, Path(tempfile.gettempdir(), "ftray-data"))
         self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
-        self._folder = RunFolder(storage, run.name)
         if (halved := self._kept("micro.json")) is not None:
-            self.layout = replace(self.layout, micro_batch_size=halved)
+            self.layout = replace(self.layout, micro_batch_size=min(halved, self.layout.micro_batch_size))
         self.keeper = Keeper(
-            Checkpoints(storage, run.name, job.born),
+            Checkpoints(storage, folder.name, job.born),
             keep=run.scale.keep_checkpoints,
             meta={"workers": self.world, "zero": self.layout.zero},
             log=self.log,
@@ -123,6 +123,7 @@ class _Worker:
         run, layout = self.run, self.layout
         torch.manual_seed(run.seed)
         if layout.offload == "nvme":
+            assert layout.nvme_path  # the schema asks for it
             make_nvme_ready(layout.nvme_path)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[layout.dtype]
         if layout.zero == 3:
@@ -260,13 +261,14 @@ class _Worker:
         """The GPU ran full: restart with micro-batches half the size, which changes the layout and not the gradient."""
         size = self.layout.micro_batch_size
         if size > 1:
-            self.storage.write_json(f"{self.job.run_key}/micro.json", size // 2)
+            self.storage.write_json(f"{self.folder.key}/micro.json", size // 2)
             return
+        reason = next(iter(str(error).splitlines()), "out of memory")
         text = (
-            f"one example of data.max_length: {self.run.data.max_length} tokens does not fit on a GPU ({error}); "
+            f"one example of data.max_length: {self.run.data.max_length} tokens does not fit on a GPU ({reason}); "
             "lower it, or set scale.gradient_checkpointing: true, scale.zero: 3 or method.bits: 4"
         )
-        self._folder.set_verdict(TrainError.__name__, text.splitlines()[0])
+        self.folder.set_verdict(TrainError.__name__, text)
 
     def _micros(self, rows):
         from ftray.data.pack import deal
@@ -312,7 +314,7 @@ class _Worker:
         for name, tensor in state.gather(self.engine, self.named, moments=False):
             if self.rank == 0:
                 values[name] = tensor
-        output = f"{self.job.run_key}/output"
+        output = f"{self.folder.key}/output"
         with tempfile.TemporaryDirectory(prefix="ftray-version-") as folder:
             if self.rank == 0:
                 save_version(self.model, Path(folder), method=self.run.method, state=values, tokenizer=self.tokenizer)
@@ -345,9 +347,9 @@ class _Worker:
         ray.train.report(metrics)
 
     def _kept(self, name: str) -> Any:
-        key = f"{self.job.run_key}/{name}"
         from ftray.train.keeper import agreed
 
+        key = f"{self.folder.key}/{name}"
         found = self.storage.read_json(key) if self.rank == 0 and self.storage.exists(key) else None
         return agreed(found)
 
@@ -355,12 +357,10 @@ class _Worker:
         if self.rank == 0:
             answers = [asdict(answer) for answer in measured.answers]
             row = {"scores": measured.scores.to_json(), "answers": answers}
-            self.storage.write_json(f"{self.job.run_key}/{name}", row)
+            self.storage.write_json(f"{self.folder.key}/{name}", row)
 
     def _refuse_nan(self, step: int, *, loss: float, norm: float, sums: list[float], micros) -> None:
         """Stop on the first loss or gradient that is not a number, naming its rows. Checkpoints stay clean."""
-        import math
-
         import torch.distributed as dist
 
         if math.isfinite(loss) and math.isfinite(norm):
@@ -380,11 +380,11 @@ class _Worker:
     def _watched(self):
         from ftray.train.watch import Watchdog
 
-        return Watchdog(self.run.scale.hang_timeout_s, self._hung, lambda: self._folder.verdict() is not None)
+        return Watchdog(self.run.scale.hang_timeout_s, self._hung, lambda: self.folder.verdict() is not None)
 
     def _hung(self, stacks: str) -> None:
         name = f"rank-{self.rank}-{int(time.time())}.txt"
-        self.storage.write_bytes(f"{self.job.run_key}/stacks/{name}", stacks.encode())
+        self.storage.write_bytes(f"{self.folder.key}/stacks/{name}", stacks.encode())
 
 
 def entry(values: dict[str, Any]) -> None:
