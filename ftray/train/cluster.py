@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -21,8 +24,6 @@ AHEAD = 8  # chunks of rows in flight per CPU
 
 def connect(address: str | None) -> None:
     """Join the cluster at `address` or around us (RAY_ADDRESS, `ray job submit`), or start one on this machine."""
-    import logging
-
     import ray
 
     if ray.is_initialized():
@@ -72,42 +73,42 @@ def this_machine() -> list[Node]:
     """This machine as the only node, without starting Ray."""
     import psutil
 
-    gpus = _gpu_memory()
+    gpus = _gpus()
     return [
         Node(
             name="this machine",
             cpus=float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
             gpus=float(len(gpus)),
-            gpu_bytes=min(gpus, default=0),
+            gpu_bytes=min((size for size, _ in gpus), default=0),
+            gpu_kind=gpus[0][1] if gpus else "",
             ram_bytes=psutil.virtual_memory().total,
         )
     ]
 
 
 def _with_gpu_memory(found: list[Node]) -> list[Node]:
-    from dataclasses import replace
-
     import ray
 
     if not any(node.gpus for node in found):
         return found
-    ask = ray.remote(num_cpus=0, num_gpus=0.01)(_gpu_memory)
-    answers = []
-    for node in found:
-        if node.gpus:
-            answers.append(ask.options(resources={f"node:{node.name}": 0.001}).remote())
-    sizes: Iterator[list[int]] = iter(ray.get(answers, timeout=120))
-    return [replace(node, gpu_bytes=min(next(sizes), default=0)) if node.gpus else node for node in found]
+    ask = ray.remote(num_cpus=0)(_gpus)  # no GPU: they may all be taken, and nvidia-smi sees them without
+    asked = [ask.options(resources={f"node:{node.name}": 0.001}).remote() for node in found if node.gpus]
+    answers: Iterator[list[tuple[int, str]]] = iter(ray.get(asked, timeout=120))
+    return [
+        replace(node, gpu_bytes=min((size for size, _ in next(answers)), default=0)) if node.gpus else node
+        for node in found
+    ]
 
 
-def _gpu_memory() -> list[int]:
-    """Bytes of each GPU of this machine; empty where there is none."""
+def _gpus() -> list[tuple[int, str]]:
+    """(bytes of memory, name) of each GPU of this machine; empty where there is none."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return [int(line) * 2**20 for line in output.split()]
+        rows = (line.partition(", ") for line in output.splitlines())
+        return [(int(mib) * 2**20, name) for mib, _, name in rows]
     return []
 
 
@@ -123,18 +124,17 @@ def check_storage(storage: Storage) -> None:
     storage.write_bytes(f"{key}/driver", token.encode())
     try:
         ask = ray.remote(num_cpus=0, max_retries=3, retry_exceptions=True)(_sees)
-        asked = {}
+        answers = []
         for node in alive:
-            name = node["NodeManagerAddress"]
             pinned = ask.options(label_selector={"ray.io/node-id": node["NodeID"]})
-            asked[f"{name} ({node['NodeID'][:6]})"] = pinned.remote(storage.root, key, node["NodeID"])
+            answers.append(pinned.remote(storage.root, key, node["NodeID"]))
         blind = []
-        for name, answer in asked.items():
+        for node, answer in zip(alive, answers, strict=True):
             problem = ray.get(answer, timeout=120)
-            if problem is None and not storage.exists(f"{key}/{name.split('(')[1][:6]}"):
+            if problem is None and not storage.exists(f"{key}/{node['NodeID']}"):
                 problem = "what it writes does not arrive here"
             if problem:
-                blind.append(f"{name}: {problem}")
+                blind.append(f"{node['NodeManagerAddress']} ({node['NodeID'][:6]}): {problem}")
         if blind:
             raise StorageError(
                 f"storage {storage.root} is not the same from every node: {'; '.join(blind)}. Set storage to a folder "
@@ -150,7 +150,7 @@ def _sees(root: str, key: str, node: str) -> str | None:
         storage = Storage(root)
         if not storage.exists(f"{key}/driver"):
             return "does not see what the driver writes"
-        storage.write_bytes(f"{key}/{node[:6]}", b"seen")
+        storage.write_bytes(f"{key}/{node}", b"seen")
     except (StorageError, OSError) as error:
         return str(error)
     return None
@@ -189,9 +189,6 @@ def stand_still() -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Nothing but our own lines on the terminal: libraries log to Ray's files."""
-    import logging
-    import warnings
-
     for name in ("ray", "ray.train", "ray.data", "transformers", "datasets", "deepspeed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -48,8 +48,11 @@ def fit(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    events = ray.remote(num_cpus=0)(Events).remote()
+    # With the driver: Ray puts an actor that asks for nothing on any node, and with that node the log would end.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    events = ray.remote(num_cpus=0)(Events).options(scheduling_strategy=here).remote()
     job = Job(
         run=_for_workers(run, storage),
         layout=checked.layout,
@@ -115,7 +118,7 @@ def _raise_verdict(folder: RunFolder) -> None:
 def _last_words(run: Run, error: BaseException) -> str:
     reason = _reason(error)
     if "out of memory" in reason.lower() or "OutOfMemory" in reason:
-        reason = f"a node ran out of memory; lower optim.micro_batch_size or data.max_length ({reason})"
+        reason = f"a node or a GPU ran out of memory; lower optim.micro_batch_size or data.max_length ({reason})"
     times = f"{run.scale.retries + 1} times" if run.scale.retries else "once"
     return (
         f"run {run.name} failed {times}, last with: {reason}\n"

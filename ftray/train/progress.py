@@ -49,16 +49,19 @@ class Follower:
 
     def _follow(self) -> None:
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import GetTimeoutError, RayError
 
-        last = False
+        last, asked = False, None
         while not last:
             last = self._stop.wait(POLL_S)
             if not ray.is_initialized():
                 return
+            asked = asked or self.events.take.remote()
             try:
-                rows = ray.get(self.events.take.remote(), timeout=30)
-            except RayError:  # the actor's node died: rows of the last half second are lost, the run is not
+                rows, asked = ray.get(asked, timeout=20), None
+            except GetTimeoutError:  # a busy machine: the same answer is waited for again
+                continue
+            except RayError:  # the actor is gone, and with it the cluster: it lives on the driver's node
                 return
             if rows:
                 self.folder.append_metrics(rows)
