@@ -58,13 +58,8 @@ class Learning:
     depth: int  # blocks whose activations are kept: those from the first that learns
 
 
-def learnt_parameters(shape: Shape, method: Method) -> int:
-    """How many weights a method trains. Exact for full and LoRA; norms and biases are spread evenly over blocks."""
-    return learning(shape, method).params
-
-
 def learning(shape: Shape, method: Method) -> Learning:
-    """What a method trains of a base of this shape."""
+    """What a method trains of a base of this shape. Exact for full and LoRA; freeze spreads norms over the blocks."""
     head = 0 if shape.tied else shape.embedding_params
     others = max(0, shape.parameters - shape.embedding_params - head - shape.linear_params)
     if isinstance(method, Full):

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.config.schema import Lora, Method
 from ftray.train.layout import Layout, Node
-from ftray.train.memory import GIB, Memory, learning, learnt_parameters, predict
+from ftray.train.memory import GIB, Memory, learning, predict
 
 if TYPE_CHECKING:  # it would bring in torch
     from ftray.models.load import Shape
-
-__all__ = ["Plan", "advice", "largest_micro_batch", "learnt_parameters", "make", "predict", "step_seconds"]
 
 USABLE = 0.9  # of a device's memory; the rest is lost to fragments and to what else runs there
 
@@ -105,12 +103,12 @@ def make(
 
 
 def device_bytes(layout: Layout, nodes: Sequence[Node]) -> int:
-    """Memory of one worker: its GPU, or its share of the RAM of the smallest node; 0 where a node does not say."""
+    """Memory of one worker: its GPU, or its share of the RAM of the smallest node with workers; 0 where not known."""
     if layout.device == "cuda":
         each = [node.gpu_bytes * min(1.0, layout.gpus_per_worker) for node in nodes if node.gpus]
     else:
-        seats = [max(1, min(layout.workers, int(node.cpus / layout.cpus_per_worker + 1e-9))) for node in nodes]
-        each = [node.ram_bytes / count for node, count in zip(nodes, seats, strict=True)]
+        seats = [min(layout.workers, int(node.cpus / layout.cpus_per_worker + 1e-9)) for node in nodes]
+        each = [node.ram_bytes / count for node, count in zip(nodes, seats, strict=True) if count]
     return int(min(each, default=0))
 
 

@@ -240,9 +240,7 @@ def test_learnt_parameters_are_those_that_learn(small, method):
     if isinstance(method, Lora):
         model = AutoModelForCausalLM.from_config(llama(*SMALL))
     real = sum(parameter.numel() for parameter in trainable(adapt(model, method, seed=0)).values())
-    assert plan.learnt_parameters(small, method) == pytest.approx(
-        real, rel=1e-3
-    )  # norms named by a pattern are left out
+    assert learning(small, method).params == pytest.approx(real, rel=1e-3)  # norms named by a pattern are left out
 
 
 # layouts
@@ -441,6 +439,8 @@ def test_workers_share_the_memory_of_their_gpu_and_of_their_node():
         plan.device_bytes(on_cpus, [Node("a", cpus=4, ram_bytes=8 * GIB), Node("b", cpus=2, ram_bytes=6 * GIB)])
         == 4 * GIB
     )
+    head = Node("head", cpus=0, ram_bytes=2 * GIB)
+    assert plan.device_bytes(on_cpus, [head, Node("a", cpus=8, ram_bytes=24 * GIB)]) == 8 * GIB
 
 
 def test_planning_brings_in_no_torch_and_no_ray():
