@@ -180,7 +180,9 @@ class Scale(Section):
 
 
 class Evaluate(Section):
-    every: int | Auto = Field("auto", description="steps between evaluations of the loss; 0: only before and after")
+    every: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="steps between evaluations of the loss; 0: only before and after"
+    )
     generate_rows: int = Field(200, ge=0, description="held-out rows answered by generation; 0: loss only")
     max_new_tokens: int = Field(128, ge=1, description="per generated answer")
     labels: list[str] = Field(
@@ -237,7 +239,7 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Run:
-        """Checks across sections; each message starts with the key it is about (load.py splits it off at ': ')."""
+        """Checks across sections; each message starts with the key it is about (explain.py splits it off at ': ')."""
         problems = list(_disagreements(self))
         if problems:
             raise ValueError("\n".join(problems))
@@ -272,5 +274,7 @@ def _disagreements(run: Run):
         method.last_layers or method.train or method.embeddings or method.norms or method.head
     ):
         yield "method.last_layers: nothing is left to train; set it to 1 or more, or name patterns in train"
+    if run.data.packing == "on" and run.model.attention in ("eager", "sdpa"):
+        yield f"data.packing: {run.model.attention} attention knows no packed rows; use attention: auto or packing: off"
     if run.objective.kind == "pretrain" and run.data.few_shot:
         yield "data.few_shot: plain text has no prompts to put examples in; leave it out"

@@ -110,12 +110,32 @@ def test_a_misspelt_key_gets_the_nearest_one_and_its_line(tmp_path):
             "33 does not divide over 2 workers; try 32",
         ),
         ("scale: {offload: nvme, zero: 3}", "scale.nvme_path", "needs the folder"),
+        ("evaluate: {every: -5}", "evaluate.every", "must be at least 0, got -5"),
     ],
 )
 def test_each_wrong_line_gets_its_key_and_the_way_out(tmp_path, extra, key, message):
     found = problems(tmp_path, f"{MINIMAL}{extra}\n")
     assert list(found) == [key]
     assert message in found[key]
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"data": {"packing": "on"}, "model": {"attention": "sdpa"}}, "sdpa attention knows no packed rows"),
+        ({"optim": {"optimizer": "adamw_8bit"}, "scale": {"zero": 2}}, "scale.zero: optimizer adamw_8bit"),
+        ({"scale": {"offload": "cpu", "zero": 1}}, "scale.zero: offload needs ZeRO 2 or 3"),
+        ({"method": {"kind": "lora", "bits": 4}, "scale": {"zero": 3}}, "scale.zero: a quantised base"),
+        ({"method": {"kind": "lora", "bits": 4, "init": "pissa"}}, "method.init: pissa changes the base"),
+        ({"method": {"kind": "freeze", "last_layers": 0}}, "method.last_layers: nothing is left to train"),
+        ({"objective": {"kind": "pretrain"}, "data": {"few_shot": 1}}, "data.few_shot: plain text has no prompts"),
+    ],
+)
+def test_sections_that_do_not_go_together_are_told(sections, problem):
+    raw = {"name": "a", **sections, "data": {"sources": "x", **sections.get("data", {})}}
+    with pytest.raises(ConfigError) as caught:
+        run_from(raw)
+    assert problem in str(caught.value)
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_the_file(tmp_path):
