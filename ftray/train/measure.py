@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,25 +151,16 @@ class Meter:
             for q, text in zip(questions, ordered, strict=True)
         ]
 
-    def _evaluating(self):
-        return _Evaluating(self.model, self.computing)
-
-
-class _Evaluating:
-    """Inside, the model is in evaluation mode and computes as in training."""
-
-    def __init__(self, model, computing):
-        self.model, self.computing = model, computing
-
-    def __enter__(self):
-        self.was_training = self.model.training
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode and computes as in training."""
+        was_training = self.model.training
         self.model.eval()
-        self.context = self.computing()
-        self.context.__enter__()
-
-    def __exit__(self, *exc):
-        self.context.__exit__(*exc)
-        self.model.train(self.was_training)
+        try:
+            with self.computing():
+                yield
+        finally:
+            self.model.train(was_training)
 
 
 def spread(questions: Sequence[Question], count: int) -> list[Question]:

@@ -13,7 +13,7 @@ from ftray.errors import ConfigError
 from ftray.store.paths import Storage
 
 Sink = Callable[[list[dict[str, Any]]], None]
-KINDS = {"train": "train", "eval": "eval"}
+KINDS = ("train", "eval")
 
 
 def open_trackers(run: Run, storage: Storage, run_key: str, stack: ExitStack, *, first: int) -> list[Sink]:
@@ -26,7 +26,7 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
     if row["kind"] not in KINDS:
         return {}
     return {
-        f"{KINDS[row['kind']]}/{name}": float(value)
+        f"{row['kind']}/{name}": float(value)
         for name, value in row.items()
         if name != "step" and isinstance(value, (int, float))
     }
