@@ -11,6 +11,7 @@ import pytest
 from ftray.config.load import load_run
 from ftray.errors import StorageError, TrainError
 from ftray.store.checkpoints import Checkpoints
+from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
 from tests.cluster.conftest import NODE_CPUS, Live, curve, repeated, rows
@@ -141,6 +142,4 @@ def test_a_frozen_worker_leaves_the_others_stacks_and_the_run_goes_on(cluster, r
 
 
 def _storage(run):
-    from ftray.store.paths import Storage
-
     return Storage(run.storage)
