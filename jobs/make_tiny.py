@@ -1,7 +1,7 @@
 """Makes the built-in model: `prepare` writes text, tokenizer and random weights; `publish` packs the trained model.
 
 python jobs/make_tiny.py prepare data/tiny
-ftray train jobs/runs/builtin-tiny.yaml
+ftray train jobs/runs/builtin-tiny.yaml           # and what its head says
 python jobs/make_tiny.py publish <folder of the trained model> --work data/tiny
 """
 
@@ -11,11 +11,13 @@ import argparse
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tiny_copies import copies
 from tiny_text import conversations
 
 HERE = Path(__file__).resolve().parent
@@ -133,6 +135,11 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any
     return kept
 
 
+def frequent_words(rows: Iterable[dict[str, Any]], least: int = 5) -> list[str]:
+    counts = Counter(word for row in rows for text in texts_of(row) for word in re.findall(r"[A-Za-z]+", text))
+    return sorted(word for word, count in counts.items() if count >= least)
+
+
 def texts_of(row: dict[str, Any]) -> list[str]:
     return [row["text"]] if "text" in row else [message["content"] for message in row["messages"]]
 
@@ -165,6 +172,9 @@ def prepare(work: Path, *, sources: Path, seed: int, generated_rows: int) -> dic
         for part, pair in parts.items()
         for split, source in zip(("test", "train"), pair, strict=True)
     }
+    words = frequent_words(rows["sgd.train"])
+    write_rows(work / "copies.test.jsonl", fresh(copies(words, seed=seed + 12, count=300)))
+    write_rows(work / "copies.train.jsonl", fresh(copies(words, seed=seed + 11, count=40_000)))
     trained_on = [name for name in rows if name.endswith(".train")]
     tokenizer = train_tokenizer(text for name in trained_on for row in rows[name] for text in texts_of(row))
     counts: dict[str, Any] = {"parameters": untrained(work / "untrained", tokenizer=tokenizer, seed=seed)}
@@ -191,7 +201,6 @@ def main() -> None:
     second.add_argument("trained", type=Path, help="folder with the trained model's config.json and safetensors")
     second.add_argument("--work", type=Path, required=True, help="the folder that prepare filled")
     second.add_argument("--into", type=Path, default=HERE.parent / "ftray/models/tiny")
-    second.add_argument("--recipe", type=Path, default=HERE / "runs/builtin-tiny.yaml")
     options = parser.parse_args()
     if options.command == "prepare":
         counts = prepare(
@@ -201,7 +210,8 @@ def main() -> None:
     else:
         from tiny_publish import publish
 
-        publish(options.trained, work=options.work, into=options.into, recipe=options.recipe)
+        recipes = [HERE / "runs" / f"{name}.yaml" for name in ("builtin-tiny", "builtin-tiny-copies")]
+        publish(options.trained, work=options.work, into=options.into, recipes=recipes)
         print((options.into / "README.md").read_text(encoding="utf-8"))
 
 
