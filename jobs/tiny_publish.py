@@ -198,7 +198,8 @@ real weights on a laptop and without a download.
 
 {tokens:,} tokens, by ftray itself, full fine-tuning with AdamW in two runs. `jobs/make_tiny.py` writes text, tokenizer
 and random weights. `jobs/runs/builtin-tiny.yaml` trains every token of the sources above: {first[steps]:,} updates of
-{first[batch_size]} rows (a part of the rows, each once), peak learning rate {first[lr]:g}. `jobs/runs/builtin-tiny-copies.yaml` goes on from there with
+{first[batch_size]} rows (a part of the rows, each once), peak learning rate {first[lr]:g}.
+`jobs/runs/builtin-tiny-copies.yaml` goes on from there with
 the answers alone, mostly of copying drills (`jobs/tiny_copies.py`, our own): {second[steps]:,} updates of
 {second[batch_size]} rows, peak learning rate {second[lr]:g}. That is why the model finds a word in its context and says
 it, and why its losses on dialogues are above those after the first run, which ended at 1.93 on sgd.

@@ -19,6 +19,7 @@ from ftray.errors import ClusterError, StorageError
 from ftray.store.paths import Storage
 from ftray.train.layout import Node
 
+ANSWER_S = 120
 AHEAD = 8  # chunks of rows in flight per CPU
 
 
@@ -93,11 +94,24 @@ def _with_gpu_memory(found: list[Node]) -> list[Node]:
         return found
     ask = ray.remote(num_cpus=0)(_gpus)  # no GPU: they may all be taken, and nvidia-smi sees them without
     asked = [ask.options(resources={f"node:{node.name}": 0.001}).remote() for node in found if node.gpus]
-    answers: Iterator[list[tuple[int, str]]] = iter(ray.get(asked, timeout=120))
+    answers: Iterator[list[tuple[int, str]]] = iter(_all(asked))
     return [
         replace(node, gpu_bytes=min((size for size, _ in next(answers)), default=0)) if node.gpus else node
         for node in found
     ]
+
+
+def _all(answers: list[Any]) -> list[Any]:
+    """The answers of tasks that need no CPU. ClusterError where a node does not answer."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        return ray.get(answers, timeout=ANSWER_S)
+    except GetTimeoutError:
+        raise ClusterError(
+            f"a node of the cluster did not answer in {ANSWER_S} s; look at `ray status`, then try again"
+        ) from None
 
 
 def _gpus() -> list[tuple[int, str]]:
@@ -130,7 +144,7 @@ def check_storage(storage: Storage) -> None:
             answers.append(pinned.remote(storage.root, key, node["NodeID"]))
         blind = []
         for node, answer in zip(alive, answers, strict=True):
-            problem = ray.get(answer, timeout=120)
+            (problem,) = _all([answer])
             if problem is None and not storage.exists(f"{key}/{node['NodeID']}"):
                 problem = "what it writes does not arrive here"
             if problem:

@@ -6,10 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ftray.store.runs import RunFolder
 
+Sink = Callable[[list[dict[str, Any]]], None]
 POLL_S = 0.5
 NOTE_EVERY_S = 5.0
 LINE_EVERY_S = 10.0  # where the output is no terminal
@@ -32,7 +34,7 @@ class Events:
 class Follower:
     """Fetches rows from the actor in a thread, until `with` ends."""
 
-    def __init__(self, events, folder: RunFolder, *, sinks: list[Callable[[list[dict[str, Any]]], None]]):
+    def __init__(self, events, folder: RunFolder, *, sinks: list[Sink]):
         self.events, self.folder, self.sinks = events, folder, sinks
         self._step = 0
         self._noted = 0.0
@@ -64,10 +66,19 @@ class Follower:
             except RayError:  # the actor is gone, and with it the cluster: it lives on the driver's node
                 return
             if rows:
-                self.folder.append_metrics(rows)
-                self._note_step(rows, now=last)
-                for sink in self.sinks:
-                    sink(rows)
+                self._deliver([self.folder.append_metrics, partial(self._note_step, now=last)], rows)
+                self.sinks = self._deliver(self.sinks, rows)
+
+    def _deliver(self, takers: list[Sink], rows: list[dict[str, Any]]) -> list[Sink]:
+        """The takers that took the rows; one that fails is told of, and is not asked again if it is a sink."""
+        well = []
+        for take in takers:
+            try:
+                take(rows)
+                well.append(take)
+            except Exception as error:  # trackers' servers fail in ways of their own; the run must go on without them
+                print(f"warning: metrics not kept by {take!r}: {error}", file=sys.stderr)
+        return well
 
     def _note_step(self, rows: list[dict[str, Any]], *, now: bool) -> None:
         """How far the run is, for `ftray runs list`; seldom, since storage may be far away."""
