@@ -96,6 +96,7 @@ class Display:
         self.silent = silent
         self.terminal = sys.stderr.isatty() and not silent
         self._said = 0.0
+        self._started = False
         self._bar: Any = None
         self._task: Any = None
 
@@ -129,7 +130,8 @@ class Display:
                 self._say(f"step {row['step']}: held-out loss {row['loss']:.4f}")
             elif kind == "started":
                 how = f"resumed after step {row['step']}" if row["resumed"] else "workers ready"
-                self._say(f"{how} ({row['seconds']:.0f} s)")
+                self._say(f"{'a worker was lost; ' if self._started else ''}{how} ({row['seconds']:.0f} s)")
+                self._started = True
             elif kind in ("phase", "warning"):
                 self._say(row["text"])
 
