@@ -40,7 +40,7 @@ def connect(address: str | None) -> None:
             logging_level=logging.ERROR,
             include_dashboard=None if address or "RAY_ADDRESS" in os.environ else False,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a cluster that does not start, or answer, is told by Ray in bare Exceptions too
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise ClusterError(
             f"no Ray cluster at {where}: {str(error).splitlines()[0]}; start one with `ray start --head`, "
