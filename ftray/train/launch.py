@@ -264,7 +264,8 @@ def _connecting(address: str | None) -> Callable[[], None]:
             cluster.connect(address)
         except FtrayError as error:
             problems.append(error)
-        connected.set()
+        finally:  # whatever happens, the main thread must not wait for ever
+            connected.set()
         # A local cluster's processes are told to end with the thread that started them, so it never does.
         threading.Event().wait()
 
