@@ -37,9 +37,11 @@ def cluster():
             "_system_config": quick,
         },
     )
+    # Connected while the head is alone: a driver joins any node of its address, and one of the others will be killed.
+    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
     for _ in range(2):
         made.add_node(num_cpus=NODE_CPUS)
-    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
+    made.wait_for_nodes()
     yield made
     ray.shutdown()
     made.shutdown()
