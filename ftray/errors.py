@@ -49,3 +49,65 @@ class ClusterError(FtrayError):
 
 class TrainError(FtrayError):
     """The run stopped on something the user can fix: a NaN, a batch that does not fit in memory, an unfinished run."""
+
+
+class ServeError(FtrayError):
+    """A server cannot start, or cannot answer a request. `status` is its HTTP status, `code` OpenAI's word for it."""
+
+    status = 500
+    code = "server_error"
+
+
+class RequestError(ServeError):
+    """The request is wrong. `param` names its field."""
+
+    status = 400
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int | None = None):
+        super().__init__(message)
+        self.param = param
+        self.code = code or type(self).code
+        self.status = status or type(self).status
+
+    def __reduce__(self):
+        return (_request_error, (type(self), str(self), self.param, self.code, self.status))
+
+
+class AdapterError(ServeError):
+    """A version cannot be served here: corrupt, for another base, too large. Other versions go on."""
+
+    status = 422
+    code = "adapter_not_servable"
+
+
+class Overloaded(ServeError):
+    """Too much waits already; try again after `retry_after_s`."""
+
+    status = 429
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self):
+        return (type(self), (str(self), self.retry_after_s))
+
+
+class DeadlineExceeded(ServeError):
+    """The request took longer than it may."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+class ReplicaGone(ServeError):
+    """The process that worked on the request died or is being stopped; the request can be sent again as it is."""
+
+    status = 503
+    code = "replica_gone"
+
+
+def _request_error(kind: type[RequestError], message: str, param: str | None, code: str, status: int) -> RequestError:
+    return kind(message, param=param, code=code, status=status)

@@ -23,7 +23,8 @@ ARROWS = {
     "objectives": {"errors", "config", "store", "data", "models"},
     "evaluate": {"errors", "config", "store", "data", "models", "objectives"},
     "train": {"errors", "config", "store", "data", "models", "objectives", "evaluate"},
-    "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train"},
+    "serve": {"errors", "config", "store", "models"},
+    "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "serve"},
 }
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
 

@@ -1,4 +1,4 @@
-"""From a run file and `key=value` overrides to a `Run`, or to every problem in it at once."""
+"""From a run or serve file and `key=value` overrides to its schema, or to every problem in it at once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from ftray.config import document, explain
-from ftray.config.schema import Run
+from ftray.config.schema import Run, Section
+from ftray.config.serving import Serving
 from ftray.errors import ConfigError
 
 Path_ = tuple[str | int, ...]
+Root = TypeVar("Root", bound=Section)
 
 
 def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
@@ -27,13 +29,16 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
     A data path that is not there as seen from the current directory is taken from the run file's folder.
     Raises ConfigError with all problems, each with its key and the line it stands on.
     """
-    source = os.fspath(path)
-    text = document.parse(_read(Path(path)), source=source)
-    if text.data is None:
-        raise ConfigError(source, [("", "the file is empty; `ftray init` writes a starter")])
-    if not isinstance(text.data, dict):
-        raise ConfigError(source, [("", "expected keys such as name: and data: at the top; see `ftray init`")])
-    return run_from(text.data, overrides, source=source, lines=text, folder=Path(path).parent)
+    text = _mapping(path, "expected keys such as name: and data: at the top; see `ftray init`")
+    return run_from(text.data, overrides, source=os.fspath(path), lines=text, folder=Path(path).parent)
+
+
+def load_serving(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Serving:
+    """The same for a serve file; None: the defaults with the overrides."""
+    if path is None:
+        return _checked(Serving, {}, overrides, source="ftray serve")
+    text = _mapping(path, "expected keys such as model: and storage: at the top")
+    return _checked(Serving, text.data, overrides, source=os.fspath(path), lines=text)
 
 
 def run_from(
@@ -45,29 +50,51 @@ def run_from(
     folder: Path | None = None,
 ) -> Run:
     """The same for plain data, e.g. a request's body. `lines` and `folder` are those of the file it came from."""
+    return _checked(Run, raw, overrides, source=source, lines=lines, folder=folder)
+
+
+def _mapping(path: str | os.PathLike[str], hint: str) -> document.Document:
+    source = os.fspath(path)
+    text = document.parse(_read(Path(path)), source=source)
+    if text.data is None:
+        raise ConfigError(source, [("", "the file is empty; `ftray init` writes a starter")])
+    if not isinstance(text.data, dict):
+        raise ConfigError(source, [("", hint)])
+    return text
+
+
+def _checked(
+    root: type[Root],
+    raw: Mapping[str, Any],
+    overrides: Sequence[str],
+    *,
+    source: str,
+    lines: document.Document | None = None,
+    folder: Path | None = None,
+) -> Root:
     data = copy.deepcopy(dict(raw))
     problems: list[tuple[Path_, str]] = []
     for override in overrides:
         problem = _set(data, override)
         if problem:
             problems.append(problem)
-    data = _without_empty_sections(Run, data)
+    data = _without_empty_sections(root, data)
     if folder is not None:
         _find_files(data, folder)
-    run = None
+    checked = None
     try:
-        run = Run.model_validate(data)
+        checked = root.model_validate(data)
     except ValidationError as error:
-        problems += explain.problems(Run, data, error.errors(include_url=False))
-    if run is None or problems:
+        problems += explain.problems(root, data, error.errors(include_url=False))
+    if checked is None or problems:
         overridden = {override.partition("=")[0].strip() for override in overrides}
         placed = [_placed(path, text, overridden, lines) for path, text in problems]
         raise ConfigError(source, [(key, text) for _, key, text in sorted(placed, key=lambda p: p[0])])
-    return run
+    return checked
 
 
-def dump_run(run: Run) -> str:
-    """The run as YAML with every value written out; `load_run` reads it back to an equal run."""
+def dump_run(run: Section) -> str:
+    """A run (or what is served) as YAML with every value written out; loading it gives an equal one."""
     return document.dump(run.model_dump(mode="json"))
 
 
