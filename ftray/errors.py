@@ -43,6 +43,14 @@ class RegistryError(FtrayError):
     """An adapter version or alias does not exist, is refused by its gate, is in use, or was moved by another writer."""
 
 
+class BadReference(RegistryError):
+    """What was given cannot name a version, an alias or a split at all."""
+
+
+class UnknownVersion(RegistryError):
+    """It could name a version or an alias, but there is none."""
+
+
 class ClusterError(FtrayError):
     """The Ray cluster cannot be reached or has less than the run asks for."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from ftray.errors import RegistryError
+from ftray.errors import BadReference, RegistryError
 from ftray.store.numbered import Numbered
 from ftray.store.paths import Storage
 
@@ -57,7 +57,7 @@ class Alias:
 
     def __init__(self, storage: Storage, name: str, alias: str):
         if not _ALIAS.fullmatch(alias):
-            raise RegistryError(f"{alias!r} is not an alias; use a-z, 0-9 and -, and not v1, v2, … e.g. prod")
+            raise BadReference(f"{alias!r} is not an alias; use a-z, 0-9 and -, and not v1, v2, … e.g. prod")
         self.name = name
         self.alias = alias
         self._moves = Numbered(storage, storage.join("adapters", name, "aliases", alias))
@@ -128,14 +128,14 @@ class Alias:
 
 
 def shares(weights: Mapping[Any, float]) -> dict[int, float]:
-    """Weights of a split as shares that add up to 1; keys are 3, "3" or "v3". RegistryError if one is not positive."""
+    """Weights of a split as shares that add up to 1; keys are 3, "3" or "v3". BadReference if one is not positive."""
     if not weights:
-        raise RegistryError("a split needs at least one version, e.g. {3: 0.9, 4: 0.1}")
+        raise BadReference("a split needs at least one version, e.g. {3: 0.9, 4: 0.1}")
     numbers: dict[int, float] = {}
     for version, weight in weights.items():
         match = re.fullmatch(r"v?(\d+)", str(version))
         if match is None or not (math.isfinite(weight) and weight > 0):
-            raise RegistryError(f"{version!r}: {weight!r} is not a version with a positive weight, e.g. 3: 0.9")
+            raise BadReference(f"{version!r}: {weight!r} is not a version with a positive weight, e.g. 3: 0.9")
         numbers[int(match[1])] = numbers.get(int(match[1]), 0.0) + weight
     total = sum(numbers.values())
     return {number: weight / total for number, weight in sorted(numbers.items())}

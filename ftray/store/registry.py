@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftray.errors import RegistryError
+from ftray.errors import BadReference, RegistryError, UnknownVersion
 from ftray.store import usage
 from ftray.store.admission import CARD, content_names, digest
 from ftray.store.aliases import Alias, AliasState, shares
@@ -66,7 +66,7 @@ class Registry:
         if asked.alias is None:
             return newest
         known = ", ".join(self.aliases(asked.name)) or "none yet"
-        raise RegistryError(f"{asked.name} has no alias {asked.alias!r}; aliases: {known}; versions: {newest.id}, …")
+        raise UnknownVersion(f"{asked.name} has no alias {asked.alias!r}; aliases: {known}; versions: {newest.id}, …")
 
     def fetch(self, version: Version, into: Path | None = None) -> Path:
         """A local folder with the version's files, checked against its digest.
@@ -176,7 +176,7 @@ class Registry:
         """
         asked = _parse(ref)
         if asked.number is None:
-            raise RegistryError(f"say which version to delete: {asked.name}@v3, not {ref!r}")
+            raise BadReference(f"say which version to delete: {asked.name}@v3, not {ref!r}")
         shelf = Shelf(self.storage, asked.name)
         if asked.number in shelf.deleted():
             shelf.clear(asked.number)
@@ -190,16 +190,16 @@ class Registry:
     def _version(self, name: str, number: int) -> Version:
         shelf = Shelf(self.storage, name)
         if number in shelf.deleted():
-            raise RegistryError(f"{name}@v{number} was deleted; {self._what_there_is(name)}")
+            raise UnknownVersion(f"{name}@v{number} was deleted; {self._what_there_is(name)}")
         version = shelf.version(number)
         if version is None:
-            raise RegistryError(f"there is no {name}@v{number}; {self._what_there_is(name)}")
+            raise UnknownVersion(f"there is no {name}@v{number}; {self._what_there_is(name)}")
         return version
 
     def _newest(self, name: str) -> Version:
         versions = self.versions(name)
         if not versions:
-            raise RegistryError(f"there is no adapter {name!r}; {self._what_there_is(name)}")
+            raise UnknownVersion(f"there is no adapter {name!r}; {self._what_there_is(name)}")
         return versions[-1]
 
     def _what_there_is(self, name: str) -> str:
@@ -255,7 +255,7 @@ class _Ref:
 def _parse(ref: str) -> _Ref:
     match = _REF.fullmatch(ref)
     if match is None:
-        raise RegistryError(f"{ref!r} names no version; write name, name@v3 or name@{PROD}")
+        raise BadReference(f"{ref!r} names no version; write name, name@v3 or name@{PROD}")
     at = match["at"]
     if at is not None and re.fullmatch(r"v\d+", at):
         return _Ref(match["name"], number=int(at[1:]))

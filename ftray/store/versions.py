@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftray.config.schema import NAME_PATTERN
-from ftray.errors import RegistryError, StorageError
+from ftray.errors import BadReference, StorageError
 from ftray.store.admission import CARD
 from ftray.store.numbered import Numbered
 from ftray.store.paths import MARKER, Storage, json_bytes
@@ -46,11 +46,11 @@ class Version:
 
 
 class Shelf:
-    """One adapter's folder. RegistryError for a name that cannot be one."""
+    """One adapter's folder. BadReference for a name that cannot be one."""
 
     def __init__(self, storage: Storage, name: str):
         if not NAME_PATTERN.fullmatch(name):
-            raise RegistryError(f"{name!r} is not an adapter's name; use a-z, 0-9 and -, at most 64 characters")
+            raise BadReference(f"{name!r} is not an adapter's name; use a-z, 0-9 and -, at most 64 characters")
         self.storage = storage
         self.name = name
         self.claims = Numbered(storage, self.key("claims"))
