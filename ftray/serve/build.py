@@ -1,0 +1,177 @@
+"""From a serve file to an engine: which kind, how much it may hold, the base loaded and laid out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from ftray.config.schema import Full, Model
+from ftray.config.serving import BankEngine as BankSection
+from ftray.config.serving import Serving, ServingEngine, VllmEngine
+from ftray.errors import ModelError, ServeError
+from ftray.models.load import Shape, load_base, load_config, load_tokenizer
+from ftray.serve.engine import EngineFacts
+
+LONGEST = 4096
+CACHE_SHARE = 0.4
+"""Of the memory that is free once the base is loaded."""
+
+
+def engine_kind(serving: Serving) -> str:
+    """auto resolved: vllm beside a GPU where it is installed, encoder for an encoder, else bank."""
+    kind = serving.engine.kind
+    if kind != "auto":
+        return kind
+    if is_encoder(load_config(serving.model)):
+        return "encoder"
+    import torch
+
+    if torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None:
+        return "vllm"
+    return "bank"
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a model reads and does not write: it has a masked-language-model head and no causal one."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    reads = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return reads and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", False))
+
+
+def build_engine(serving: Serving) -> Any:
+    """The engine that the serve file asks for, ready. ServeError, ModelError when it cannot be."""
+    kind = engine_kind(serving)
+    if kind == "vllm":
+        from ftray.serve.vllm import build_vllm_engine
+
+        section = serving.engine if isinstance(serving.engine, VllmEngine) else VllmEngine()
+        return build_vllm_engine(serving, section)
+    if kind == "encoder":
+        from ftray.serve.encoder import build_encoder_engine
+
+        return build_encoder_engine(serving)
+    return bank_engine(serving, serving.engine if isinstance(serving.engine, BankSection) else BankSection())
+
+
+def bank_engine(serving: Serving, section: BankSection) -> Any:
+    """The bank engine over the base of a serve file."""
+    import torch
+
+    from ftray.models.turns import stop_ids
+    from ftray.serve.bank import Bank
+    from ftray.serve.cache import Cache
+    from ftray.serve.lanes import Lane, OwnLanes
+    from ftray.serve.loop import BankEngine, Settings
+    from ftray.serve.pack import pack
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(threads(serving.engine))
+    dtype = dtype_of(serving.model, device)
+    config = load_config(serving.model)
+    shape = Shape.from_config(config)
+    tokenizer = load_tokenizer(serving.model)
+    base = load_base(serving.model, method=Full(), dtype=dtype, attention="sdpa").to(device).requires_grad_(False)
+    _check_attention(base)
+    eos_ids = frozenset(stop_ids(base, tokenizer))
+    adapters = serving.adapters
+    bank_dtype = torch.float32 if device.type == "cpu" else dtype
+    bank = Bank(base, slots=adapters.slots, max_rank=adapters.max_rank, dtype=bank_dtype, device=device)
+    pack(bank.layers, base)
+    lane = Lane(base, bank=bank)
+    length = max_length(section, shape)
+    sizes: dict[str, Any] = {
+        "layers": shape.layers,
+        "length": length,
+        "heads": shape.kv_heads,
+        "width": shape.head_dim,
+        "dtype": torch.float32 if device.type == "cpu" else dtype,
+    }
+    rows = cache_rows(section, Cache.bytes_per_row(**sizes), device)
+    return BankEngine(
+        facts=EngineFacts(
+            kind="bank",
+            base=serving.model.base,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            max_length=length,
+            vocab_size=shape.vocab_size,
+            room={"bank": adapters.slots, "own": adapters.own},
+        ),
+        settings=Settings(min(section.max_batch, rows), section.prefill_chunk, section.prefix_cache),
+        lane=lane,
+        bank=bank,
+        own=OwnLanes(serving.model, dtype=dtype, device=device),
+        cache=Cache(rows=rows, device=device, **sizes),
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+    )
+
+
+def threads(section: ServingEngine) -> int:
+    """CPU threads: what is asked for, or else what Ray or the environment reserved for this process, or 1."""
+    asked = getattr(section, "threads", "auto")
+    return int(os.environ.get("OMP_NUM_THREADS") or 1) if asked == "auto" else int(asked)
+
+
+def dtype_of(model: Model, device: Any) -> Any:
+    """auto: bf16 on GPUs, fp32 on CPUs."""
+    import torch
+
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if model.dtype != "auto":
+        return named[model.dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def max_length(section: BankSection, shape: Shape) -> int:
+    """ServeError when more is asked for than the model can."""
+    if section.max_length == "auto":
+        return min(shape.max_positions or LONGEST, LONGEST)
+    if shape.max_positions and section.max_length > shape.max_positions:
+        raise ServeError(
+            f"engine.max_length: {section.max_length} is more than the model's {shape.max_positions}; lower it"
+        )
+    return section.max_length
+
+
+def cache_rows(section: BankSection, row_bytes: int, device: Any) -> int:
+    """How many sequences the cache's memory holds; twice the batch at most, so that ended ones may stay.
+
+    ServeError when not even one fits.
+    """
+    room = section.cache_gb * 2**30 if section.cache_gb != "auto" else CACHE_SHARE * _free_bytes(device)
+    rows = min(int(room // row_bytes), 2 * section.max_batch)
+    if rows < 1:
+        raise ServeError(
+            f"engine.cache_gb: a sequence of engine.max_length takes {row_bytes / 2**30:.2f} GB of keys and values, "
+            f"and there is room for {room / 2**30:.2f}; lower max_length, or give the cache more"
+        )
+    return rows
+
+
+def _free_bytes(device: Any) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 8 * 2**30
+
+
+def _check_attention(model: Any) -> None:
+    """ModelError for a model whose tokens are mixed by more than plain attention with a cache of keys and values."""
+    from ftray.models.attention import PACKABLE_LAYERS
+
+    config = model.config.get_text_config()
+    other = set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYERS
+    if other or getattr(model, "_is_stateful", False) or not model._supports_attention_backend:
+        kind = ", ".join(sorted(other)) or type(model).__name__
+        raise ModelError(
+            f"model.base: the bank engine serves decoders with plain attention, not {kind}; use kind: vllm"
+        )
