@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ftray.serve.cache import Cache, Row
+from ftray.serve.native import GROUPS, LANES
 
 NAME = "ftray_cached"
 SHORT_LENGTH = 320
@@ -41,41 +42,56 @@ class Step:
         self.decoding = len(rows)
         if not rows:
             return
-        device = cache.device
-        index_T = torch.tensor([row.index for row in rows])
-        position_T = torch.tensor(positions)
+        self.row_T = torch.tensor([row.index for row in rows])
+        self.position_T = torch.tensor(positions)
+        if cache.native is not None:
+            self.room = torch.empty(GROUPS * (cache.length + LANES))
         head_K = torch.arange(cache.heads)
-        self.flat = (
-            ((index_T[:, None] * cache.heads + head_K) * cache.length + position_T[:, None]).flatten().to(device)
-        )
+        flat = (self.row_T[:, None] * cache.heads + head_K) * cache.length + self.position_T[:, None]
+        self.flat = flat.flatten().to(cache.device)
         """Where [T, K] keys go in a slab seen as [R * K * L, D]."""
-        self.length = max(positions) + 1
-        extent = int(index_T.max()) + 1
-        in_order = bool((index_T[1:] > index_T[:-1]).all())
-        if extent * 2 <= len(rows) * 3:
-            # Most rows up to the last one are in use: look at all of them, and throw the others' answers away.
-            self.picked = None
-            self.extent = extent
-            self.place = None if in_order and extent == len(rows) else index_T.to(device)
-        else:
-            self.picked = index_T.to(device)
-            self.extent = len(rows)
-            self.place = None
-        last_R = torch.zeros(self.extent, dtype=torch.long)
-        last_R[torch.arange(len(rows)) if self.place is None else index_T] = position_T
+        self.runs = [Run(self, tokens) for tokens in _dense(self.row_T.tolist())]
+
+
+class Run:
+    """Rows that lie close together, as one view of the slabs; most are in use, the others' answers are thrown away."""
+
+    def __init__(self, step: Step, tokens: list[int]):
+        device = step.cache.device
+        token_T = torch.tensor(tokens)
+        row_T, last_T = step.row_T[token_T], step.position_T[token_T]
+        self.low, self.high = int(row_T.min()), int(row_T.max()) + 1
+        self.length = int(last_T.max()) + 1
+        place_T = row_T - self.low
+        last_R = torch.zeros(self.high - self.low, dtype=torch.long)
+        last_R[place_T] = last_T
         self.last_R = last_R.to(device)
+        as_they_lie = tokens == list(range(step.decoding)) and place_T.tolist() == list(range(len(tokens)))
+        self.token_T = None if as_they_lie else token_T.to(device)
+        self.place_T = place_T.to(device)
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def mask(self, window: int | None) -> torch.Tensor:
+    def mask(self, window: int | None, dtype: Any) -> torch.Tensor:
         """[R, 1, 1, L] to add to scores: 0 where a row's newest token looks, else minus infinity."""
         if window not in self._masks:
             place_L = torch.arange(self.length, device=self.last_R.device)
             sees_RL = place_L <= self.last_R[:, None]
             if window is not None:
                 sees_RL &= place_L > self.last_R[:, None] - window
-            mask = torch.zeros(sees_RL.shape, dtype=self.cache.dtype, device=sees_RL.device)
+            mask = torch.zeros(sees_RL.shape, dtype=dtype, device=sees_RL.device)
             self._masks[window] = mask.masked_fill_(~sees_RL, float("-inf"))[:, None, None]
         return self._masks[window]
+
+
+def _dense(rows: list[int]) -> list[list[int]]:
+    """Places in `rows`, grouped so that within a group at least two of three rows are there."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(rows)), key=rows.__getitem__):
+        if groups and 2 * (rows[place] - rows[groups[-1][0]] + 1) <= 3 * (len(groups[-1]) + 1):
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def register() -> str:
@@ -115,9 +131,13 @@ def cached_attention_forward(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     done = []
     if step.decoding:
-        _store(step, keys, key)
-        _store(step, values, value)
-        done.append(_decode(step, query[0, :, : step.decoding], keys, values, scale, sliding_window, softcap))
+        new = query[0, :, : step.decoding], key[0, :, : step.decoding], value[0, :, : step.decoding]
+        native = step.cache.native
+        if native is not None and softcap is None:
+            places: dict[str, Any] = {"rows": step.row_T, "positions": step.position_T, "room": step.room}
+            done.append(native.attend(*new, keys, values, scale=scale, window=sliding_window or 0, **places))
+        else:
+            done.append(_decode(step, *new, keys, values, scale, sliding_window, softcap))
     for chunk in step.chunks:
         piece = slice(chunk.begin, chunk.end)
         end = chunk.position + chunk.end - chunk.begin
@@ -129,14 +149,11 @@ def cached_attention_forward(
     return out.to(dtype)[None], None
 
 
-def _store(step: Step, slab: torch.Tensor, new: torch.Tensor) -> None:
-    width = slab.shape[-1]
-    slab.view(-1, width).index_copy_(0, step.flat, new[0, :, : step.decoding].transpose(0, 1).reshape(-1, width))
-
-
 def _decode(
     step: Step,
     query_HTD: torch.Tensor,
+    key_KTD: torch.Tensor,
+    value_KTD: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     scale: float,
@@ -145,22 +162,27 @@ def _decode(
 ) -> torch.Tensor:
     """One new token for each sequence, all at once; [T, H, D]."""
     heads, count, width = query_HTD.shape
-    groups = heads // keys.shape[1]
-    query_R = query_HTD.transpose(0, 1).reshape(count, keys.shape[1], groups, width)
-    if step.place is not None:
-        spread = query_R.new_zeros(step.extent, *query_R.shape[1:])
-        query_R = spread.index_copy_(0, step.place, query_R)
-    if step.picked is not None:
-        keys, values = keys[:, :, : step.length][step.picked], values[:, :, : step.length][step.picked]
-    else:
-        keys, values = keys[: step.extent, :, : step.length], values[: step.extent, :, : step.length]
-    mask = step.mask(window)
-    if softcap is None and (step.length > SHORT_LENGTH or keys.is_cuda):
-        out_R = scaled_dot_product_attention(query_R, keys, values, attn_mask=mask, scale=scale)
-    else:
-        out_R = _two_products(query_R, keys, values, mask, scale, softcap)
-    out = out_R.reshape(step.extent, heads, width)
-    return out if step.place is None else out.index_select(0, step.place)
+    for slab, new in ((keys, key_KTD), (values, value_KTD)):
+        slab.view(-1, width).index_copy_(0, step.flat, new.transpose(0, 1).reshape(-1, width))
+    query_T = query_HTD.transpose(0, 1).reshape(count, keys.shape[1], heads // keys.shape[1], width)
+    out_T = torch.empty_like(query_T)
+    for run in step.runs:
+        seen = keys[run.low : run.high, :, : run.length], values[run.low : run.high, :, : run.length]
+        mask = run.mask(window, query_T.dtype)
+        if run.token_T is None:
+            query_R = query_T
+        else:
+            query_R = query_T.new_zeros(run.high - run.low, *query_T.shape[1:])
+            query_R.index_copy_(0, run.place_T, query_T.index_select(0, run.token_T))
+        if softcap is None and (run.length > SHORT_LENGTH or keys.is_cuda):
+            out_R = scaled_dot_product_attention(query_R, *seen, attn_mask=mask, scale=scale)
+        else:
+            out_R = _two_products(query_R, *seen, mask, scale, softcap)
+        if run.token_T is None:
+            out_T = out_R
+        else:
+            out_T.index_copy_(0, run.token_T, out_R.index_select(0, run.place_T))
+    return out_T.reshape(count, heads, width)
 
 
 def _two_products(

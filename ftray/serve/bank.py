@@ -21,10 +21,12 @@ import torch
 
 from ftray.errors import AdapterError
 from ftray.models.load import linear_modules, linear_shape
+from ftray.serve import native
 from ftray.serve.lora_files import LoraLayer
+from ftray.serve.native import Native
 
-MANY = 16
-"""From so many tokens on, a slot has its own products."""
+MANY = 48
+"""From so many tokens on, a slot has products of its own."""
 RANK_STEP = 8
 
 
@@ -61,10 +63,14 @@ class Mix:
         *,
         rank: int,
         device: Any = "cpu",
+        native: Native | None = None,
+        ranks: Any = None,
+        room: Any = None,
     ):
         """`counts`: tokens by slot, ascending, as they lie in the step from its first token on. `pieces`: further
         (slot, begin, end) of the step's tokens, each of one slot. `rank`: the largest of all slots."""
         self.rank = rank
+        self.native, self.ranks, self.room, self.segments = native, ranks, room, None
         begin = 0
         begins: dict[int, int] = {}
         self.alone: list[Alone] = [Alone(*piece) for piece in pieces]
@@ -76,10 +82,11 @@ class Mix:
             elif count:
                 few[slot] = count
             begin += count
-        self.shared: list[Shared] = [_shared(group, few, begins, device) for group in _ranges(sorted(few))]
-
-    def __bool__(self) -> bool:
-        return bool(self.alone or self.shared)
+        self.shared: list[Shared] = []
+        if native is None:
+            self.shared = [_shared(group, few, begins, device) for group in _ranges(sorted(few))]
+        elif few:
+            self.segments = torch.tensor([(slot, begins[slot], begins[slot] + few[slot]) for slot in few])
 
 
 def _ranges(slots: Sequence[int]) -> list[list[int]]:
@@ -122,34 +129,38 @@ class BankLinear(torch.nn.Module):
         self.base, self.bank = base, bank
         self.inputs, self.outputs = inputs, outputs
         self.halves = (
-            torch.zeros(bank.slots, inputs, 0, dtype=bank.dtype, device=bank.device),
+            torch.zeros(bank.slots, 0, inputs, dtype=bank.dtype, device=bank.device),
             torch.zeros(bank.slots, 0, outputs, dtype=bank.dtype, device=bank.device),
         )
-        """A [S, I, r] and B [S, r, O]; replaced together when the bank grows."""
+        """A [S, r, I] and B [S, r, O]; replaced together when the bank grows."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         mix = self.bank.mix
         if mix is not None:
-            add(y[0], self.bank.wide(x), mix, *self.halves)
+            add(y[0], x[0], mix, *self.halves)
         return y
 
 
-def add(y_NO: torch.Tensor, x_NI: torch.Tensor, mix: Mix, a_SIr: torch.Tensor, b_SrO: torch.Tensor) -> None:
-    """y += B_s A_s x for each token's slot s, in place. `x` is in the bank's dtype, `y` in the model's."""
+def add(y_NO: torch.Tensor, x_NI: torch.Tensor, mix: Mix, a_SrI: torch.Tensor, b_SrO: torch.Tensor) -> None:
+    """y += B_s A_s x for each token's slot s, in place."""
     rank = mix.rank
+    if mix.segments is not None:
+        assert mix.native is not None
+        mix.native.lora(y_NO, x_NI, a_SrI, b_SrO, ranks=mix.ranks, segments=mix.segments, room=mix.room)
     for part in mix.shared:
-        a, b = a_SIr[part.low : part.high, :, :rank], b_SrO[part.low : part.high, :rank]
+        a, b = a_SrI[part.low : part.high, :rank], b_SrO[part.low : part.high, :rank]
         size = (part.high - part.low) * part.each
         x = x_NI[part.begin : part.begin + size] if part.tokens is None else x_NI.index_select(0, part.tokens)
-        update = torch.bmm(torch.bmm(x.view(part.high - part.low, part.each, -1), a), b).view(size, -1)
+        inner = torch.bmm(x.view(part.high - part.low, part.each, -1), a.transpose(1, 2))
         if part.tokens is None:
-            y_NO[part.begin : part.begin + size].add_(update)
+            y_NO[part.begin : part.begin + size].add_(torch.bmm(inner, b).view(size, -1))
         else:
-            y_NO.index_add_(0, part.targets, update.index_select(0, part.real).to(y_NO.dtype))
+            update = torch.bmm(inner, b).view(size, -1)
+            y_NO.index_add_(0, part.targets, update.index_select(0, part.real))
     for one in mix.alone:
-        update = (x_NI[one.begin : one.end] @ a_SIr[one.slot, :, :rank]) @ b_SrO[one.slot, :rank]
-        y_NO[one.begin : one.end].add_(update)
+        inner = x_NI[one.begin : one.end] @ a_SrI[one.slot, :rank].t()
+        y_NO[one.begin : one.end].addmm_(inner, b_SrO[one.slot, :rank])
 
 
 class Bank:
@@ -165,33 +176,35 @@ class Bank:
         self._lock = threading.Lock()
         self._slot_of: dict[str, int] = {}
         self._ranks: dict[str, int] = {}
-        self._wide: tuple[Any, Any] = (None, None)
+        usable = torch.device(device).type == "cpu" and dtype in native.NAMES and torch.get_num_threads() == 1
+        self.native = native.load() if usable else None
+        self._slot_ranks = torch.zeros(slots, dtype=torch.long)
         self.layers: dict[str, BankLinear] = {}
         for name, module in linear_modules(model).items():
             inputs, outputs = linear_shape(module)
             parent, _, leaf = name.rpartition(".")
             self.layers[name] = BankLinear(module, self, inputs, outputs)
             setattr(model.get_submodule(parent), leaf, self.layers[name])
+        self._widest = max(layer.inputs for layer in self.layers.values())
+
+    def mixed(self, counts: Mapping[int, int], pieces: Sequence[tuple[int, int, int]] = ()) -> Mix:
+        """The mix of a step; see Mix."""
+        room = torch.empty(native.TOKENS * (self._widest + self.max_rank)) if self.native else None
+        return Mix(
+            counts,
+            pieces,
+            rank=self.rank,
+            device=self.device,
+            native=self.native,
+            ranks=self._slot_ranks,
+            room=room,
+        )
 
     def slot(self, key: str) -> int:
         return self._slot_of[key]
 
     def __contains__(self, key: str) -> bool:
         return key in self._slot_of
-
-    def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """x [1, N, I] as [N, I] in the bank's dtype; layers that share an input share the conversion."""
-        if x.dtype == self.dtype:
-            return x[0]
-        seen, wide = self._wide
-        if seen is not x:
-            wide = x[0].to(self.dtype)
-            self._wide = (x, wide)
-        return wide
-
-    def set_mix(self, mix: Mix | None) -> None:
-        self.mix = mix
-        self._wide = (None, None)
 
     def load(self, key: str, lora: Mapping[str, LoraLayer]) -> None:
         """Copies a version into a free slot. AdapterError, before anything is copied, when it does not fit."""
@@ -205,12 +218,13 @@ class Bank:
                 width = one.a.shape[0] if one else 0
                 a, b = layer.halves[0][slot], layer.halves[1][slot]
                 if one is not None:
-                    a[:, :width].copy_(one.a.t())
+                    a[:width].copy_(one.a)
                     b[:width].copy_(one.b.t()).mul_(one.scale)
-                a[:, width:].zero_()
+                a[width:].zero_()
                 b[width:].zero_()
             self._slot_of[key] = slot
             self._ranks[key] = rank
+            self._slot_ranks[slot] = rank
             self.rank = max(self._ranks.values())
 
     def unload(self, key: str) -> None:
@@ -242,15 +256,15 @@ class Bank:
 
     def _make_wide_enough(self, rank: int) -> None:
         """Grows every layer's slots to a rank. A step in work goes on with the tensors that it has."""
-        have = next(iter(self.layers.values())).halves[0].shape[-1]
+        have = next(iter(self.layers.values())).halves[0].shape[1]
         if rank <= have:
             return
         rank = min(-(-rank // RANK_STEP) * RANK_STEP, self.max_rank)
         for layer in self.layers.values():
             old_a, old_b = layer.halves
             a, b = (
-                old_a.new_zeros(self.slots, layer.inputs, rank),
+                old_a.new_zeros(self.slots, rank, layer.inputs),
                 old_b.new_zeros(self.slots, rank, layer.outputs),
             )
-            a[:, :, :have], b[:, :have] = old_a, old_b
+            a[:, :have], b[:, :have] = old_a, old_b
             layer.halves = (a, b)

@@ -61,6 +61,7 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
     import torch
 
     from ftray.models.turns import stop_ids
+    from ftray.serve import native
     from ftray.serve.bank import Bank
     from ftray.serve.cache import Cache
     from ftray.serve.lanes import Lane, OwnLanes
@@ -78,17 +79,17 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
     _check_attention(base)
     eos_ids = frozenset(stop_ids(base, tokenizer))
     adapters = serving.adapters
-    bank_dtype = torch.float32 if device.type == "cpu" else dtype
-    bank = Bank(base, slots=adapters.slots, max_rank=adapters.max_rank, dtype=bank_dtype, device=device)
+    bank = Bank(base, slots=adapters.slots, max_rank=adapters.max_rank, dtype=dtype, device=device)
     pack(bank.layers, base)
     lane = Lane(base, bank=bank)
     length = max_length(section, shape)
+    quick = bank.native if shape.head_dim in native.WIDTHS else None
     sizes: dict[str, Any] = {
         "layers": shape.layers,
         "length": length,
         "heads": shape.kv_heads,
         "width": shape.head_dim,
-        "dtype": torch.float32 if device.type == "cpu" else dtype,
+        "dtype": torch.float32 if device.type == "cpu" and quick is None else dtype,
     }
     rows = cache_rows(section, Cache.bytes_per_row(**sizes), device)
     return BankEngine(
@@ -105,7 +106,7 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
         lane=lane,
         bank=bank,
         own=OwnLanes(serving.model, dtype=dtype, device=device),
-        cache=Cache(rows=rows, device=device, **sizes),
+        cache=Cache(rows=rows, device=device, native=quick, **sizes),
         tokenizer=tokenizer,
         eos_ids=eos_ids,
     )

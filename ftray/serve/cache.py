@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ftray.serve.native import Native
+
 
 @dataclass
 class Row:
@@ -28,17 +30,29 @@ class Row:
 
 
 class Cache:
-    """Rows of `length` positions in slabs of [R, K, L, D] for each layer.
+    """Rows of `length` positions in slabs of [R, K, L, D] for each layer; untouched ones cost no memory on CPUs.
 
-    On CPUs keys and values are fp32 whatever the weights are: attention over one new token for 32 sequences of 96 took
-    0.35 ms a layer, and 0.55 to 2.6 ms in bf16 (AVX-512 without AMX). Untouched pages of a slab cost no memory there.
+    With `native`, attention over them is native.c's. Without it, on CPUs, they are best kept in fp32 whatever the
+    weights are: for 32 sequences of 96, 0.35 ms a layer against 0.55 to 2.6 ms in bf16 (AVX-512 without AMX).
     """
 
-    def __init__(self, *, layers: int, rows: int, length: int, heads: int, width: int, dtype: Any, device: Any):
+    def __init__(
+        self,
+        *,
+        layers: int,
+        rows: int,
+        length: int,
+        heads: int,
+        width: int,
+        dtype: Any,
+        device: Any,
+        native: Native | None = None,
+    ):
         shape = (rows, heads, length, width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.heads, self.length, self.dtype, self.device = heads, length, dtype, device
+        self.native = native
         self.rows = [Row(index) for index in range(rows)]
         self._clock = 0
 

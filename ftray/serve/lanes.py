@@ -48,7 +48,7 @@ class Lane:
     def logits(self, ids_T: Any, positions_T: Any, step: Step, *, keep_N: Any, mix: Mix | None) -> torch.Tensor:
         """[N, V]: the logits at the tokens `keep_N` of the step."""
         if self.bank is not None:
-            self.bank.set_mix(mix)
+            self.bank.mix = mix
         inputs = {"input_ids": ids_T[None], "position_ids": positions_T[None], "use_cache": False, "step": step}
         if self._keeps:
             return self.model(**inputs, logits_to_keep=keep_N).logits[0]

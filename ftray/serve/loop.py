@@ -324,7 +324,7 @@ class Stepper:
     def _compute(self, lane: Lane, work: Work) -> list[Told]:
         device = self.cache.device
         step = Step(self.cache, [one.row for one in work.answering], work.positions, work.chunks)  # type: ignore[misc]
-        mix = work.mix(self._bank.rank, device) if lane.bank is not None else None
+        mix = work.mix(lane.bank) if lane.bank is not None else None
         ids, positions = (torch.tensor(row, device=device) for row in (work.ids, work.all_positions))
         keep = torch.tensor(work.keep, device=device)
         logits = lane.logits(ids, positions, step, keep_N=keep, mix=mix)
@@ -430,7 +430,7 @@ class Work:
             self.asking.append(sequence)
             self.keep.append(begin + count - 1)
 
-    def mix(self, rank: int, device: Any) -> Mix | None:
+    def mix(self, bank: Bank) -> Mix | None:
         """None where every token is the base's."""
         counts: dict[int, int] = {}
         for sequence in self.answering:
@@ -438,7 +438,7 @@ class Work:
                 counts[sequence.slot] = counts.get(sequence.slot, 0) + 1
         if not counts and not self._pieces:
             return None
-        return Mix(counts, self._pieces, rank=rank, device=device)
+        return bank.mixed(counts, self._pieces)
 
 
 def _by_slot(sequence: Sequence_) -> tuple[int, int]:

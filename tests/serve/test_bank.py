@@ -17,10 +17,10 @@ def by_hand(x, counts, pieces, a, b):
     y = torch.zeros(len(x), OUTPUTS)
     begin = 0
     for slot, count in counts.items():
-        y[begin : begin + count] = x[begin : begin + count] @ a[slot] @ b[slot]
+        y[begin : begin + count] = x[begin : begin + count] @ a[slot].t() @ b[slot]
         begin += count
     for slot, first, last in pieces:
-        y[first:last] = x[first:last] @ a[slot] @ b[slot]
+        y[first:last] = x[first:last] @ a[slot].t() @ b[slot]
     return y
 
 
@@ -38,7 +38,7 @@ def by_hand(x, counts, pieces, a, b):
 )
 def test_each_token_gets_its_slots_update_and_the_bases_get_none(counts, pieces, tokens):
     torch.manual_seed(0)
-    a, b = torch.randn(SLOTS, INPUTS, RANK), torch.randn(SLOTS, RANK, OUTPUTS)
+    a, b = torch.randn(SLOTS, RANK, INPUTS), torch.randn(SLOTS, RANK, OUTPUTS)
     x = torch.randn(tokens, INPUTS)
     y = torch.zeros(tokens, 2 * OUTPUTS)[:, :OUTPUTS]  # a joint layer's part is a strided view
     add(y, x, Mix(counts, pieces, rank=RANK), a, b)
@@ -59,7 +59,7 @@ def lora(rank, seed):
 
 
 def answer(made, bank, key, x):
-    bank.set_mix(Mix({bank.slot(key): len(x)}, rank=bank.rank))
+    bank.mix = bank.mixed({bank.slot(key): len(x)})
     return made.layer(x[None])[0]
 
 
