@@ -16,14 +16,15 @@ CODE = ROOT / "ftray"
 # Each part and the parts it may import, inside functions too. A part that is not here may import nothing.
 ARROWS = {
     "errors": set(),
+    "ray_cluster": {"errors"},
     "config": {"errors"},
     "store": {"errors", "config"},
     "data": {"errors", "config", "store"},
     "models": {"errors", "config", "store"},
     "objectives": {"errors", "config", "store", "data", "models"},
     "evaluate": {"errors", "config", "store", "data", "models", "objectives"},
-    "train": {"errors", "config", "store", "data", "models", "objectives", "evaluate"},
-    "serve": {"errors", "config", "store", "models"},
+    "train": {"errors", "ray_cluster", "config", "store", "data", "models", "objectives", "evaluate"},
+    "serve": {"errors", "ray_cluster", "config", "store", "models"},
     "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "serve"},
 }
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "datasets", "pyarrow")

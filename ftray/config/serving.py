@@ -99,6 +99,8 @@ class ServeScale(Section):
     cpus_per_replica: Annotated[float, Field(gt=0)] | Auto = Field("auto", description="auto: 1 beside a GPU, else 1")
     gpus_per_replica: Annotated[float, Field(ge=0)] | Auto = Field("auto", description="auto: 1 where there are GPUs")
     target_ongoing: int = Field(32, ge=1, description="requests per replica that autoscaling aims at")
+    upscale_delay_s: float = Field(5.0, ge=0, description="how long load must be high before a replica is added")
+    downscale_delay_s: float = Field(120.0, ge=0, description="how long load must be low before one is taken away")
     ingresses: int = Field(1, ge=1, description="processes that speak HTTP")
     drain_s: float = Field(60.0, ge=0, description="how long a stopping replica may finish its requests")
     address: str | None = Field(None, description="Ray cluster; none: the one around us, or a local one")

@@ -71,7 +71,8 @@ class Sampling:
 class Generation:
     """One sequence to generate. `version` is a VersionRef.key that is loaded, or None for the base.
 
-    `deadline` is in time.time() seconds; an engine may give up on a request past it.
+    `deadline` is in time.time() seconds; an engine may give up on a request past it. Where nobody reads along
+    (`streamed` is False), pieces may come as one.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Generation:
     sampling: Sampling
     version: str | None = None
     deadline: float | None = None
+    streamed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,16 @@ class Piece:
     scores: tuple[Scored, ...] = ()
     finish: Finish | None = None
     cached_tokens: int = 0
+
+    def then(self, later: Piece) -> Piece:
+        """This piece and the next as one."""
+        return Piece(
+            self.text + later.text,
+            self.ids + later.ids,
+            self.scores + later.scores,
+            later.finish,
+            self.cached_tokens + later.cached_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,8 @@ class EngineStats:
     steps: int = 0
     step_s: float = 0.0
     """Seconds of the last step, smoothed."""
+    alive: bool = True
+    """False once it can never generate again; then its process is replaced."""
 
 
 class Engine(Protocol):

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class BankEngine:
         )
 
     def stats(self) -> EngineStats:
-        return self._stepper.stats()
+        return replace(self._stepper.stats(), alive=self._thread.is_alive())
 
     async def close(self) -> None:
         self._stepper.stop()

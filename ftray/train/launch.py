@@ -20,6 +20,7 @@ from ftray.errors import ConfigError, FtrayError, ModelError
 from ftray.evaluate.compare import check_gate
 from ftray.models.adapt import default_lr
 from ftray.models.load import fingerprint
+from ftray.ray_cluster import connect
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
@@ -89,7 +90,7 @@ def check(run: Run) -> CheckResult:
         storage = _storage(run)
         known = Known.of(run, storage)
         if run.scale.address or os.environ.get("RAY_ADDRESS"):
-            cluster.connect(run.scale.address)
+            connect(run.scale.address)
             nodes = cluster.nodes()
             cluster.check_storage(storage)
         else:
@@ -261,7 +262,7 @@ def _connecting(address: str | None) -> Callable[[], None]:
 
     def work() -> None:
         try:
-            cluster.connect(address)
+            connect(address)
         except FtrayError as error:
             problems.append(error)
         finally:  # whatever happens, the main thread must not wait for ever

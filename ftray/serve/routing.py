@@ -1,0 +1,57 @@
+"""Which replica a request goes to: one that has its version, unless that one is much busier than others."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+
+VERSIONS = "versions"
+"""Of a replica's routing stats: the keys it has loaded."""
+SLACK = 8
+"""So many more requests than the least busy may a replica have, and twice as many, before others load the version."""
+
+
+class AdapterRouter(FIFOMixin, RequestRouter):
+    """Ranks replicas for `generate(request, version)` and its like; every other call takes the less busy of two."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if not candidate_replicas:
+            return []
+        key = _key(pending_request)
+        others = self._two(candidate_replicas)
+        if key is None or len(candidate_replicas) == 1:
+            return [others]
+        having = [one for one in candidate_replicas if key in (one.routing_stats or {}).get(VERSIONS, ())]
+        preferred = self._two(having) if having else [_home(key, candidate_replicas)]
+        least = min(self._busy(one) for one in candidate_replicas)
+        calm = [one for one in preferred if self._busy(one) <= 2 * least + SLACK]
+        return [calm, others] if calm else [others]
+
+    def _two(self, replicas: Sequence[RunningReplica]) -> list[RunningReplica]:
+        """Two at random, the less busy first (Mitzenmacher 2001, the power of two choices)."""
+        chosen = random.sample(list(replicas), min(2, len(replicas)))
+        return sorted(chosen, key=self._busy)
+
+    def _busy(self, replica: RunningReplica) -> int:
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+
+
+def _key(pending: PendingRequest | None) -> str | None:
+    if pending is None or len(pending.args) < 2:
+        return None
+    return getattr(pending.args[1], "key", None)
+
+
+def _home(key: str, replicas: Sequence[RunningReplica]) -> RunningReplica:
+    """Where a version that nobody has is loaded, the same for every ingress (rendezvous hashing, Thaler 1998)."""
+
+    def weight(replica: Any) -> bytes:
+        return hashlib.sha256(f"{key}\0{replica.replica_id.unique_id}".encode()).digest()
+
+    return max(replicas, key=weight)
