@@ -125,6 +125,8 @@ class BankEngine:
                 code="context_length_exceeded",
             )
         sampling = request.sampling
+        self._check_ids(request.prompt_ids, "messages")
+        self._check_ids(tuple(sampling.logit_bias), "logit_bias")
         eos_ids = frozenset() if sampling.ignore_eos else self._eos_ids
         return Sequence_(
             request=request,
@@ -137,6 +139,10 @@ class BankEngine:
             ends=eos_ids | set(sampling.stop_ids),
             longest=min(sampling.max_new_tokens, room),
         )
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self.facts.vocab_size:
+            raise RequestError(f"token ids are 0 to {self.facts.vocab_size - 1}", param=param)
 
     def stats(self) -> EngineStats:
         return replace(self._stepper.stats(), alive=self._thread.is_alive())
@@ -326,7 +332,7 @@ class Stepper:
         step = Step(self.cache, [one.row for one in work.answering], work.positions, work.chunks)  # type: ignore[misc]
         mix = work.mix(lane.bank) if lane.bank is not None else None
         ids, positions = (torch.tensor(row, device=device) for row in (work.ids, work.all_positions))
-        keep = torch.tensor(work.keep, device=device)
+        keep = torch.tensor(work.keep, dtype=torch.long, device=device)
         logits = lane.logits(ids, positions, step, keep_N=keep, mix=mix)
         for sequence, end in work.computed:
             sequence.row.tokens = sequence.tokens[:end]  # type: ignore[union-attr]
