@@ -17,14 +17,15 @@ CODE = ROOT / "ftray"
 ARROWS = {
     "errors": set(),
     "ray_cluster": {"errors"},
+    "plain_template": set(),
     "config": {"errors"},
     "store": {"errors", "config"},
-    "data": {"errors", "config", "store"},
+    "data": {"errors", "plain_template", "config", "store"},
     "models": {"errors", "config", "store"},
     "objectives": {"errors", "config", "store", "data", "models"},
     "evaluate": {"errors", "config", "store", "data", "models", "objectives"},
-    "train": {"errors", "ray_cluster", "config", "store", "data", "models", "objectives", "evaluate"},
-    "serve": {"errors", "ray_cluster", "config", "store", "models"},
+    "train": {"errors", "ray_cluster", "plain_template", "config", "store", "data", "models", "objectives", "evaluate"},
+    "serve": {"errors", "ray_cluster", "plain_template", "config", "store", "models"},
     "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "serve"},
 }
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "datasets", "pyarrow")

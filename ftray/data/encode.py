@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftray.data.format import Example, Unusable
-from ftray.data.render import Piece, Renderer, adds_bos
+from ftray.data.render import Piece, Renderer
 from ftray.data.tokenise import PieceTokeniser
+from ftray.plain_template import adds_bos
 
 
 class Place(NamedTuple):

@@ -21,30 +21,14 @@ from typing import Any, NamedTuple
 
 from ftray.data.format import Example, Unusable
 from ftray.errors import DataError
+from ftray.plain_template import plain_template
 
 # "Role: text" paragraphs, each answer ended by EOS
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\n\n' }}"
-    "{% else %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # private-use characters that mark where an answer begins and ends in a trial rendering
 OPEN, CLOSE = "\ue000", "\ue001"
 
 Messages = list[dict[str, Any]]
-
-
-def plain_template(tokenizer: Any) -> str:
-    """The chat template of a tokenizer that has none; whoever serves the model needs the same."""
-    return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts BOS before a text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 class Piece(NamedTuple):

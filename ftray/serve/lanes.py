@@ -139,7 +139,7 @@ def _check_names(adapted: Any, weights: Mapping[str, Any]) -> None:
     """PEFT leaves a tensor that is not in the files as it was drawn, without a word."""
     from peft.utils import get_peft_model_state_dict
 
-    wanted = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     given = {name for name in weights if "base_layer" not in name}
     if stray := sorted(wanted ^ given):
         raise AdapterError(f"its tensors are not those of its configuration on this base, e.g. {stray[0]}")

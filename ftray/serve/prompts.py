@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from jinja2.exceptions import TemplateError
 
 from ftray.errors import RequestError
+from ftray.plain_template import plain_template
 
 LONG_CHARS = 4096
 _PER_TEXT_CHARS = 64
@@ -45,6 +46,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
+        self._template = tokenizer.chat_template or plain_template(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
         self._spell = _speller(tokenizer)
         self._longest = _longest_token(tokenizer)
@@ -56,11 +58,6 @@ class Prompts:
 
         `most` tokens can be used; what cannot possibly fit is refused before it is worked on, here and below.
         """
-        if not self._tokenizer.chat_template:
-            raise RequestError(
-                "the served base has no chat template, so nobody knows how it expects a chat; use /v1/completions",
-                param="messages",
-            )
         texts = [message["content"] for message in messages]
         self._check_length(texts, most, param="messages")
         return await self._run(_length(texts), lambda: self._ids(self._rendered(messages), special=False))
@@ -98,7 +95,9 @@ class Prompts:
 
     def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
         try:
-            rendered = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
         except (TemplateError, ValueError, TypeError) as error:
             raise RequestError(
                 f"the base's chat template refuses these messages: {str(error)[:300]}", param="messages"

@@ -113,9 +113,9 @@ class _Worker:
     def _build(self) -> None:
         import torch
 
-        from ftray.data.render import plain_template
         from ftray.models.adapt import adapt, trainable
         from ftray.models.load import fingerprint, load_base, load_tokenizer
+        from ftray.plain_template import plain_template
         from ftray.train.deepspeed import build_engine, deepspeed_config
         from ftray.train.measure import Meter
         from ftray.train.nvme import make_nvme_ready
