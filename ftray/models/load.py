@@ -97,17 +97,39 @@ def load_config(model: Model) -> Any:
     """The transformers configuration. ModelError when the base does not exist or cannot be reached."""
     from transformers import AutoConfig
 
-    return _read(model, AutoConfig.from_pretrained)
+    return read_base(model, AutoConfig.from_pretrained)
 
 
 def load_tokenizer(model: Model) -> Any:
     """The base's tokenizer, with a padding token. ModelError when it has none."""
     from transformers import AutoTokenizer
 
-    tokenizer = _read(model, AutoTokenizer.from_pretrained, needs="tokenizer_config.json")
+    tokenizer = read_base(model, AutoTokenizer.from_pretrained, needs="tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def read_base(model: Model, from_pretrained: Any, *, needs: str = "config.json", **options: Any) -> Any:
+    """What transformers' `from_pretrained` makes of the base; every way in which that fails is a ModelError."""
+    import torch
+    from safetensors import SafetensorError
+
+    base = resolve_base(model)
+    if Path(base).is_dir() and not (Path(base) / needs).is_file():
+        raise ModelError(f"model.base: {base} has no {needs}; name a folder that save_pretrained wrote")
+    try:
+        return from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        SafetensorError,
+    ) as error:  # transformers has no error of its own
+        raise _explain(model, base, error) from error
 
 
 def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "auto", zero3: bool = False) -> Any:
@@ -134,7 +156,7 @@ def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "aut
     if bits:
         options["quantization_config"] = quantisation(bits, dtype)
     saved_dtype = getattr(config.get_text_config(), "dtype", None) or dtype
-    loaded, info = _read(model, AutoModelForCausalLM.from_pretrained, **options)
+    loaded, info = read_base(model, AutoModelForCausalLM.from_pretrained, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -245,27 +267,6 @@ def _file_digest(path: Path) -> str:
             header = file.read(8)
             digest.update(header + file.read(struct.unpack("<Q", header)[0]))
     return digest.hexdigest()
-
-
-def _read(model: Model, from_pretrained: Any, *, needs: str = "config.json", **options: Any) -> Any:
-    import torch
-    from safetensors import SafetensorError
-
-    base = resolve_base(model)
-    if Path(base).is_dir() and not (Path(base) / needs).is_file():
-        raise ModelError(f"model.base: {base} has no {needs}; name a folder that save_pretrained wrote")
-    try:
-        return from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        SafetensorError,
-    ) as error:  # transformers has no error of its own
-        raise _explain(model, base, error) from error
 
 
 def _explain(model: Model, base: str, error: Exception) -> ModelError:
