@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config.schema import Model
+from ftray.config.serving import EncoderEngine as EncoderSection
+from ftray.config.serving import Serving
 from ftray.errors import AdapterError, ModelError, ReplicaGone, RequestError, ServeError
 from ftray.models.encoder import load_encoder
 from ftray.models.encoder_files import Labels, Task, VersionFiles, look_at
 from ftray.models.encoder_version import EncoderVersion, load_version
+from ftray.serve.build import threads
 from ftray.serve.engine import EngineFacts, EngineStats, Labelled, Room
 from ftray.serve.reading import Batch, Reading, Waiting
 
@@ -27,6 +30,19 @@ CPU_BATCH_TOKENS = 1024
 """Padded tokens of a batch: a CPU is no faster with more, and others wait meanwhile."""
 GPU_BATCH_TOKENS = 65536
 _ROOMS: Mapping[str, Room] = {"adapter": "bank", "model": "own"}
+
+
+def build_encoder_engine(serving: Serving) -> EncoderEngine:
+    """The engine of a serve file, with the base loaded."""
+    section = serving.engine if isinstance(serving.engine, EncoderSection) else EncoderSection()
+    return EncoderEngine(
+        model=serving.model,
+        slots=serving.adapters.slots,
+        own=serving.adapters.own,
+        max_length=None if section.max_length == "auto" else section.max_length,
+        max_batch=section.max_batch,
+        threads=threads(section),
+    )
 
 
 class EncoderEngine:

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ftray.config.schema import Model
+from ftray.config.serving import Serving
 from ftray.errors import AdapterError, ModelError, ReplicaGone, RequestError
+from ftray.serve.build import build_engine
 from ftray.serve.encoder import EncoderEngine
 
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
@@ -611,6 +613,15 @@ def test_what_is_read_is_counted(base):
     assert (stats.running, stats.waiting, stats.prompt_tokens) == (0, 0, sum(map(len, TEXTS)))
     assert stats.steps > 0
     assert stats.step_s > 0
+
+
+@pytest.mark.parametrize(("engine", "longest"), [({}, 64), ({"kind": "encoder", "max_length": 20, "threads": 1}, 20)])
+def test_a_serve_file_with_an_encoder_base_gets_this_engine(base, engine, longest):
+    asked = {"model": {"base": str(base)}, "adapters": {"slots": 3, "own": 1}, **({"engine": engine} if engine else {})}
+    built = build_engine(Serving.model_validate(asked))
+    asyncio.run(built.close())
+    assert (built.facts.kind, built.facts.max_length) == ("encoder", longest)
+    assert built.facts.room == {"bank": 3, "own": 1}
 
 
 def test_a_length_beyond_the_positions_is_refused(base):
