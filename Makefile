@@ -23,8 +23,8 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 	@echo "setup: done"
 
-demo: setup ## fine-tune the built-in model on generated orders, then show base against tuned
-	@$(BIN)/ftray train jobs/runs/orders.yaml
+demo: setup ## fine-tune the built-in model on generated orders, then serve base and versions and swap them under load
+	@$(BIN)/python jobs/demo.py
 
 test: setup ## the tests, those that start Ray last; without the slow ones
 	@$(BIN)/python -m pytest -m 'not slow'

@@ -11,9 +11,11 @@ from ftray.config.schema import Full, Model
 from ftray.config.serving import BankEngine as BankSection
 from ftray.config.serving import Serving, ServingEngine, VllmEngine
 from ftray.errors import ModelError, ServeError
+from ftray.models.encoder import is_encoder
 from ftray.models.load import Shape, load_base, load_config, load_tokenizer
 from ftray.serve.engine import EngineFacts
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LONGEST = 4096
 CACHE_SHARE = 0.4
 """Of the memory that is free once the base is loaded."""
@@ -31,14 +33,6 @@ def engine_kind(serving: Serving) -> str:
     if torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None:
         return "vllm"
     return "bank"
-
-
-def is_encoder(config: Any) -> bool:
-    """Whether a model reads and does not write: it has a masked-language-model head and no causal one."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    reads = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    return reads and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", False))
 
 
 def build_engine(serving: Serving) -> Any:
@@ -96,7 +90,7 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
         facts=EngineFacts(
             kind="bank",
             base=serving.model.base,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=next(short for short, name in DTYPES.items() if getattr(torch, name) is dtype),
             device=str(device),
             max_length=length,
             vocab_size=shape.vocab_size,
@@ -122,9 +116,8 @@ def dtype_of(model: Model, device: Any) -> Any:
     """auto: bf16 on GPUs, fp32 on CPUs."""
     import torch
 
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if model.dtype != "auto":
-        return named[model.dtype]
+        return getattr(torch, DTYPES[model.dtype])
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

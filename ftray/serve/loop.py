@@ -218,7 +218,7 @@ class Stepper:
         self.running: list[Sequence_] = []
         self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._stopping = False
-        self._counts = dict.fromkeys(("prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps"), 0)
+        self._counts: dict[str, Any] = dict.fromkeys(("prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps"), 0)
         self._step_s = 0.0
 
     def do(self, action: Callable[[], Any]) -> None:
