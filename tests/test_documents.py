@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from ftray.cli import main, parser
-from ftray.config.load import load_run, run_from
+from ftray.cli.serving import file_and_overrides
+from ftray.config.load import load_run, load_serving, run_from
 from ftray.config.schema import Run
+from ftray.config.serving import Serving
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SAMPLES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
+SERVE_SAMPLES = sorted((ROOT / "jobs").glob("*.yaml"))
 # In two pieces, so that this list does not find itself.
 REGISTRY_HOSTS = ["pypi" + ".org", "python" + "hosted", "npm" + "js.", "deb." + "debian", "conda" + ".anaconda"]
 
@@ -42,6 +45,12 @@ def test_a_sample_parses_and_says_what_it_is_for(path):
     assert run.evaluate.gate
 
 
+@pytest.mark.parametrize("path", SERVE_SAMPLES, ids=lambda path: path.name)
+def test_a_sample_of_a_serve_file_parses_and_says_what_it_is_for(path):
+    assert load_serving(path).storage
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
 def test_there_is_a_sample_for_every_method_and_objective():
     runs = [load_run(path) for path in SAMPLES]
     assert {run.method.kind for run in runs} >= {"full", "freeze", "lora"}
@@ -56,8 +65,11 @@ def test_a_command_in_the_documents_parses(words):
         with pytest.raises(SystemExit, match="0"):
             parser.parse([*words, "--help"])
         return
-    arguments = parser.parse(words)
-    run_from({"name": "a", "data": {"sources": "a"}}, getattr(arguments, "overrides", []))
+    overrides = getattr(parser.parse(words), "overrides", [])
+    if words[0] in ("serve", "chat"):
+        load_serving(None, file_and_overrides(overrides)[1])
+    else:
+        run_from({"name": "a", "data": {"sources": "a"}}, overrides)
 
 
 def test_the_readme_has_commands():
@@ -66,9 +78,13 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize("block", fences(ROOT / "README.md", "yaml"))
-def test_a_run_file_in_the_readme_parses(block, tmp_path):
-    (tmp_path / "run.yaml").write_text(block, encoding="utf-8")
-    assert isinstance(load_run(tmp_path / "run.yaml"), Run)
+def test_a_file_in_the_readme_parses(block, tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text(block, encoding="utf-8")
+    if "\ndata:" in block:  # what a serve file has no use for
+        assert isinstance(load_run(path), Run)
+    else:
+        assert isinstance(load_serving(path), Serving)
 
 
 def test_the_first_steps_of_the_readme_run(tmp_path, monkeypatch):

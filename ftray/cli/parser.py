@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ftray import __version__
-from ftray.cli import adapters, runs, training
+from ftray.cli import adapters, runs, serving, training
+from ftray.cli.serving import STORAGE
 
 METHODS = ("lora", "qlora", "freeze", "full", "pretrain")
-STORAGE = "FTRAY_STORAGE"
 _OVERRIDES = """\
 Any key of the run file can be set for one run with a dotted override:
   optim.lr=2e-4   data.sources.0.weight=2   'method={kind: full}'   scale.workers=4"""
@@ -73,6 +73,8 @@ def build() -> Parser:
     _evaluate(commands)
     _runs(commands)
     _adapters(commands)
+    _serve(commands)
+    _chat(commands)
     return parser
 
 
@@ -243,6 +245,61 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--yes", action="store_true", help="do not ask")
 
 
+def _serve(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "serve",
+        serving.serve,
+        "answer over HTTP: a base and its adapters, swapped while it runs",
+        "ftray serve\n"
+        "ftray serve serve.yaml http.port=8080 'adapters.preload=[coffee-bot]'\n"
+        "ftray serve serve.yaml --check\n"
+        "ftray serve --new-key alice\n"
+        "ftray serve serve.yaml --config-out rayservice.yaml",
+        "OpenAI's API for the base and every adapter under the storage root, with a page for trying them at /.\n"
+        "Ctrl-C or SIGTERM ends it once the requests in flight are answered.\n\n"
+        "Any key of the serve file can be set with a dotted override: http.port=8080   scale.replicas=2",
+    )
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="[serve.yaml] key=value", help="the serve file; dotted overrides"
+    )
+    command.add_argument("--check", action="store_true", help="say what would be served, and start nothing")
+    command.add_argument("--new-key", metavar="NAME", help="make a key, and print its entry for the serve file")
+    command.add_argument("--admin", action="store_true", help="with --new-key: it may also promote, load and unload")
+    command.add_argument("--config-out", metavar="FILE", help="write a Ray Serve config instead (- is the terminal)")
+    _json(command)
+
+
+def _chat(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "chat",
+        serving.chat,
+        "talk to a version in the terminal, alone or beside the base",
+        "ftray chat coffee-bot\n"
+        "ftray chat coffee-bot@v2 --compare\n"
+        "ftray chat coffee-bot --url http://127.0.0.1:8000\n"
+        "ftray chat coffee-bot -m 'Two lattes, please' --json\n"
+        "ftray chat Qwen/Qwen3-0.6B",
+        "Without --url the base that the version's card names is loaded in this process. Keys of the serve file can\n"
+        "be set for it: model.dtype=bf16   engine.kind=bank   model.base=/data/moved-base",
+    )
+    command.add_argument("name", help="coffee-bot, coffee-bot@v2, coffee-bot@canary, base, or a model of its own")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="not with --url")
+    command.add_argument("--compare", action="store_true", help="the base's answer beside it")
+    command.add_argument("--url", help="a running server, e.g. http://127.0.0.1:8000")
+    command.add_argument("--key", help="its API key (default: $FTRAY_API_KEY, which `ps` does not show)")
+    command.add_argument("-m", "--message", metavar="TEXT", help="ask this, print the answer alone, and end (-: stdin)")
+    command.add_argument("--system", metavar="TEXT", help="system prompt")
+    command.add_argument(
+        "--temperature", type=_number(0, 2), default=0.0, help="0: the likeliest answer (default); 1: the model's own"
+    )
+    command.add_argument("--max-new-tokens", type=_number(1, whole=True), metavar="N", help="longest answer")
+    command.add_argument("--seed", type=int, help="the same answer again")
+    _storage(command)
+    _json(command)
+
+
 def _command(
     commands: argparse._SubParsersAction, name: str, function: Callable, about: str, examples: str, more: str = ""
 ) -> Parser:
@@ -279,6 +336,22 @@ def _storage(command: Parser) -> None:
 
 def _json(command: Parser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON for scripts")
+
+
+def _number(low: float, high: float = float("inf"), *, whole: bool = False) -> Callable[[str], float]:
+    """A number in a range, for argparse."""
+
+    def read(text: str) -> float:
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            between = f"from {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if whole else ''}number {between}")
+        return value
+
+    return read
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
