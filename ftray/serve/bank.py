@@ -133,21 +133,53 @@ class BankLinear(torch.nn.Module):
             torch.zeros(bank.slots, 0, outputs, dtype=bank.dtype, device=bank.device),
         )
         """A [S, r, I] and B [S, r, O]; replaced together when the bank grows."""
+        self.together: Together | None = Together([self])
+        """None where the base's layer is a part of several, which add the bank's update themselves."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
-        mix = self.bank.mix
-        if mix is not None:
-            add(y[0], x[0], mix, *self.halves)
+        if self.together is not None and self.bank.mix is not None:
+            self.together.add(y[0], x[0], self.bank.mix)
         return y
 
 
+class Together:
+    """Layers of the bank over the same input, whose outputs lie beside each other."""
+
+    def __init__(self, layers: Sequence[BankLinear]):
+        self.layers = layers
+        self._known: tuple[Any, Any] = (None, None)
+
+    def add(self, y_NO: torch.Tensor, x_NI: torch.Tensor, mix: Mix) -> None:
+        """y += B_s A_s x for each token's slot s, in place."""
+        if mix.segments is not None:
+            assert mix.native is not None
+            layout = self._layout()
+            rank = self.layers[0].halves[0].shape[1]
+            mix.native.lora(y_NO, x_NI, layout=layout, rank=rank, ranks=mix.ranks, segments=mix.segments, room=mix.room)
+        if mix.shared or mix.alone:
+            begin = 0
+            for layer in self.layers:
+                add(y_NO[:, begin : begin + layer.outputs], x_NI, mix, *layer.halves)
+                begin += layer.outputs
+
+    def _layout(self) -> torch.Tensor:
+        """See native.Native.lora; the same until the bank grows."""
+        halves = [layer.halves for layer in self.layers]
+        known, layout = self._known
+        if known is None or any(one is not other for one, other in zip(known, halves, strict=True)):
+            rows, begin = [], 0
+            for layer, (a, b) in zip(self.layers, halves, strict=True):
+                rows.append((a.data_ptr(), b.data_ptr(), begin, layer.outputs))
+                begin += layer.outputs
+            layout = torch.tensor(rows)
+            self._known = (halves, layout)
+        return layout
+
+
 def add(y_NO: torch.Tensor, x_NI: torch.Tensor, mix: Mix, a_SrI: torch.Tensor, b_SrO: torch.Tensor) -> None:
-    """y += B_s A_s x for each token's slot s, in place."""
+    """y += B_s A_s x for the slots that go through torch's products, in place."""
     rank = mix.rank
-    if mix.segments is not None:
-        assert mix.native is not None
-        mix.native.lora(y_NO, x_NI, a_SrI, b_SrO, ranks=mix.ranks, segments=mix.segments, room=mix.room)
     for part in mix.shared:
         a, b = a_SrI[part.low : part.high, :rank], b_SrO[part.low : part.high, :rank]
         size = (part.high - part.low) * part.each

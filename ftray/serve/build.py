@@ -74,7 +74,7 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
     eos_ids = frozenset(stop_ids(base, tokenizer))
     adapters = serving.adapters
     bank = Bank(base, slots=adapters.slots, max_rank=adapters.max_rank, dtype=dtype, device=device)
-    pack(bank.layers, base)
+    pack(bank, base)
     lane = Lane(base, bank=bank)
     length = max_length(section, shape)
     quick = bank.native if shape.head_dim in native.WIDTHS else None

@@ -60,59 +60,69 @@ static inline vec exp_neg(vec x) {
     return p * (vec)((i + 127) << 23);
 }
 
-/* y[t] += B_s (A_s x[t]) for the tokens of each segment (slot, begin, end).
- * x: [N, I], y: [N, O] with row strides; a: [S, R, I], b: [S, R, O]; ranks: [S], how much of R a slot uses.
- * room: floats, 4 * I + 4 * R. */
+/* y[t] += B_s (A_s x[t]) for the tokens of each segment (slot, begin, end), of `parts` layers over the same x.
+ * x: [N, I] with a row stride. Part p has a: [S, R, I], b: [S, R, O] and writes y at y + begin, [N, O] with a row stride;
+ * layout: [parts, 4] of the addresses of a and b, begin, O. ranks: [S], how much of R a slot uses.
+ * room: floats, 4 * (I + R). */
 #define TOKENS 4
+#define WIDE 4
 #define LORA(T, O_OF, ONE, LOAD)                                                                                       \
-    void lora_##T(T *y, int64_t y_stride, const T *x, int64_t x_stride, const T *a, const T *b, const int64_t *ranks,  \
-                  const int64_t *segments, int64_t count, int64_t R, int64_t I, int64_t O, float *room) {              \
+    static void lora_part_##T(T *y, int64_t y_stride, const float *wide, int n, const T *a, const T *b, int64_t rank,  \
+                              int64_t R, int64_t I, int64_t O, float *h) {                                             \
+        for (int64_t k = 0; k < rank; k++) {                                                                           \
+            vec acc[TOKENS] = {{0}};                                                                                   \
+            const T *row = a + k * I;                                                                                  \
+            int64_t i = 0;                                                                                             \
+            for (; i + W <= I; i += W) {                                                                               \
+                vec w = LOAD(row + i);                                                                                 \
+                for (int t = 0; t < TOKENS; t++) acc[t] += w * load_fp32(wide + t * I + i);                            \
+            }                                                                                                          \
+            for (int t = 0; t < TOKENS; t++) {                                                                         \
+                float s = sum(acc[t]);                                                                                 \
+                for (int64_t j = i; j < I; j++) s += ONE(row[j]) * wide[t * I + j];                                    \
+                h[t * R + k] = s;                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        int64_t o = 0;                                                                                                 \
+        for (; o + WIDE * W <= O; o += WIDE * W) {                                                                     \
+            vec acc[TOKENS][WIDE];                                                                                     \
+            memset(acc, 0, sizeof acc);                                                                                \
+            for (int64_t k = 0; k < rank; k++)                                                                         \
+                for (int v = 0; v < WIDE; v++) {                                                                       \
+                    vec u = LOAD(b + k * O + o + v * W);                                                               \
+                    for (int t = 0; t < TOKENS; t++) acc[t][v] += u * h[t * R + k];                                    \
+                }                                                                                                      \
+            for (int t = 0; t < n; t++)                                                                                \
+                for (int v = 0; v < WIDE; v++) {                                                                       \
+                    T *out = y + t * y_stride + o + v * W;                                                             \
+                    for (int j = 0; j < W; j++) out[j] = O_OF(ONE(out[j]) + acc[t][v][j]);                             \
+                }                                                                                                      \
+        }                                                                                                              \
+        for (; o < O; o++)                                                                                             \
+            for (int t = 0; t < n; t++) {                                                                              \
+                float s = 0;                                                                                           \
+                for (int64_t k = 0; k < rank; k++) s += ONE(b[k * O + o]) * h[t * R + k];                              \
+                T *out = y + t * y_stride + o;                                                                         \
+                *out = O_OF(ONE(*out) + s);                                                                            \
+            }                                                                                                          \
+    }                                                                                                                  \
+    void lora_##T(T *y, int64_t y_stride, const T *x, int64_t x_stride, const int64_t *layout, int64_t parts,          \
+                  const int64_t *ranks, const int64_t *segments, int64_t count, int64_t R, int64_t I, float *room) {   \
         float *wide = room, *h = room + TOKENS * I;                                                                    \
         for (int64_t g = 0; g < count; g++) {                                                                          \
-            int64_t slot = segments[3 * g], end = segments[3 * g + 2], rank = ranks[slot];                             \
-            const T *as = a + slot * R * I, *bs = b + slot * R * O;                                                    \
+            int64_t slot = segments[3 * g], end = segments[3 * g + 2];                                                 \
             for (int64_t t0 = segments[3 * g + 1]; t0 < end; t0 += TOKENS) {                                           \
                 int n = end - t0 < TOKENS ? (int)(end - t0) : TOKENS;                                                  \
                 for (int t = 0; t < TOKENS; t++)                                                                       \
                     for (int64_t i = 0; i < I; i++)                                                                    \
                         wide[t * I + i] = t < n ? ONE(x[(t0 + t) * x_stride + i]) : 0;                                 \
-                for (int64_t k = 0; k < rank; k++) {                                                                   \
-                    vec acc[TOKENS] = {{0}};                                                                           \
-                    const T *row = as + k * I;                                                                         \
-                    int64_t i = 0;                                                                                     \
-                    for (; i + W <= I; i += W) {                                                                       \
-                        vec w = LOAD(row + i);                                                                         \
-                        for (int t = 0; t < TOKENS; t++) acc[t] += w * load_fp32(wide + t * I + i);                    \
-                    }                                                                                                  \
-                    for (int t = 0; t < TOKENS; t++) {                                                                 \
-                        float s = sum(acc[t]);                                                                         \
-                        for (int64_t j = i; j < I; j++) s += ONE(row[j]) * wide[t * I + j];                            \
-                        h[t * R + k] = s;                                                                              \
-                    }                                                                                                  \
+                for (int64_t p = 0; p < parts; p++) {                                                                  \
+                    const int64_t *part = layout + 4 * p;                                                              \
+                    int64_t O = part[3];                                                                               \
+                    const T *a = (const T *)(intptr_t)part[0] + slot * R * I;                                          \
+                    const T *b = (const T *)(intptr_t)part[1] + slot * R * O;                                          \
+                    lora_part_##T(y + t0 * y_stride + part[2], y_stride, wide, n, a, b, ranks[slot], R, I, O, h);      \
                 }                                                                                                      \
-                int64_t o = 0;                                                                                         \
-                for (; o + 2 * W <= O; o += 2 * W) {                                                                   \
-                    vec low[TOKENS] = {{0}}, high[TOKENS] = {{0}};                                                     \
-                    for (int64_t k = 0; k < rank; k++) {                                                               \
-                        vec u = LOAD(bs + k * O + o), v = LOAD(bs + k * O + o + W);                                    \
-                        for (int t = 0; t < TOKENS; t++) {                                                             \
-                            low[t] += u * h[t * R + k];                                                                \
-                            high[t] += v * h[t * R + k];                                                               \
-                        }                                                                                              \
-                    }                                                                                                  \
-                    for (int t = 0; t < n; t++) {                                                                      \
-                        T *out = y + (t0 + t) * y_stride + o;                                                          \
-                        for (int j = 0; j < W; j++) out[j] = O_OF(ONE(out[j]) + low[t][j]);                            \
-                        for (int j = 0; j < W; j++) out[W + j] = O_OF(ONE(out[W + j]) + high[t][j]);                   \
-                    }                                                                                                  \
-                }                                                                                                      \
-                for (; o < O; o++)                                                                                     \
-                    for (int t = 0; t < n; t++) {                                                                      \
-                        float s = 0;                                                                                   \
-                        for (int64_t k = 0; k < rank; k++) s += ONE(bs[k * O + o]) * h[t * R + k];                     \
-                        T *out = y + (t0 + t) * y_stride + o;                                                          \
-                        *out = O_OF(ONE(*out) + s);                                                                    \
-                    }                                                                                                  \
             }                                                                                                          \
         }                                                                                                              \
     }

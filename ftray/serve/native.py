@@ -40,30 +40,30 @@ class Native:
         self._attend = {dtype: getattr(library, f"attend_{name}") for dtype, name in NAMES.items()}
         p, n = _POINTER, _SIZE
         for function in self._lora.values():
-            function.restype, function.argtypes = None, [p, n, p, n, p, p, p, p, n, n, n, n, p]
+            function.restype, function.argtypes = None, [p, n, p, n, p, n, p, p, n, n, n, p]
         for function in self._attend.values():
             function.restype = None
             function.argtypes = [p, p, n, n, p, n, n, p, n, n, p, p, p, p, n, n, n, n, n, ctypes.c_float, n, p]
 
-    def lora(self, y: Any, x: Any, a: Any, b: Any, *, ranks: Any, segments: Any, room: Any) -> None:
-        """y [N, O] += B_s A_s x [N, I]; a [S, R, I], b [S, R, O]; ranks [S]; segments [n, 3]: slot, begin, end; int64.
+    def lora(self, y: Any, x: Any, *, layout: Any, rank: int, ranks: Any, segments: Any, room: Any) -> None:
+        """y [N, O] += B_s A_s x [N, I] for layers over one x; all of one dtype, fp32 or bf16, sums in fp32.
 
-        `room`: fp32, at least 4 * (I + R). Everything else has one dtype, fp32 or bf16; sums are fp32.
+        `layout` [layers, 4]: addresses of A [S, R, I] and B [S, R, o], the layer's first column of y, and o. `rank` is
+        R, `ranks` [S] what a slot uses of it; `segments` [n, 3]: slot, begin, end. All of these int64. `room`: fp32,
+        4 * (I + R).
         """
-        rank, inputs, outputs = a.shape[1], a.shape[2], b.shape[2]
         self._lora[y.dtype](
             y.data_ptr(),
             y.stride(0),
             x.data_ptr(),
             x.stride(0),
-            a.data_ptr(),
-            b.data_ptr(),
+            layout.data_ptr(),
+            layout.shape[0],
             ranks.data_ptr(),
             segments.data_ptr(),
             segments.shape[0],
             rank,
-            inputs,
-            outputs,
+            x.shape[1],
             room.data_ptr(),
         )
 
