@@ -39,6 +39,14 @@ START_S = 600.0
 INGRESS_REQUESTS = 10_000
 """An ingress holds a request while it streams, which costs it little; replicas say when it is too much."""
 ROUTER_STATS_S = 1.0
+TRANSPORT = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""How Serve's processes talk: 32 streams took 0.15 ms of an ingress's time a piece so, and 0.38 ms by Ray's defaults.
+Set for the processes started here; a cluster's own proxies follow the environment of its nodes."""
 
 
 class EngineReplica:
@@ -169,7 +177,7 @@ def application(args: dict[str, Any]) -> Any:
         name="ingress",
         num_replicas=serving.scale.ingresses,
         max_ongoing_requests=INGRESS_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": TRANSPORT}},
         graceful_shutdown_timeout_s=serving.scale.drain_s,
         health_check_period_s=2,
     )
@@ -217,6 +225,8 @@ def running(serving: Serving):
     here = serving.scale.address is None and "RAY_ADDRESS" not in os.environ and not ray.is_initialized()
     if here:
         _check_port(serving)
+        for name, value in TRANSPORT.items():
+            os.environ.setdefault(name, value)
     connect(serving.scale.address)
     try:
         port = serving.http.port or _free_port()
@@ -283,7 +293,7 @@ def _resources(serving: Serving) -> dict[str, Any]:
     cpus = 1 if scale.cpus_per_replica == "auto" else scale.cpus_per_replica
     threads = getattr(engine, "threads", "auto")
     variables = {"OMP_NUM_THREADS": str(max(1, int(cpus)) if threads == "auto" else threads)}
-    variables |= {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+    variables |= TRANSPORT | {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
     return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
 
 

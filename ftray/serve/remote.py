@@ -25,8 +25,9 @@ class RemoteFleet:
     """Implements `fleet.Fleet`."""
 
     def __init__(self, handle: DeploymentHandle):
-        self._handle = handle
-        self._streams = handle.options(stream=True)
+        # By gRPC, not as Ray objects: a piece of a stream costs an ingress 0.15 ms so, and 0.38 ms the other way.
+        self._handle = handle.options(_by_reference=False)
+        self._streams = handle.options(stream=True, _by_reference=False)
         self._facts: EngineFacts | None = None
 
     async def facts(self) -> EngineFacts:
