@@ -108,7 +108,9 @@ def test_files_that_the_documents_name_exist():
         links = re.findall(r"\]\((?!https?://)([^)#]+)", text)
         spans = re.findall(r"`((?:jobs|ftray|tests|docs|cluster|k8s|benchmarks)/[\w./-]+)`", text)
         scripts = re.findall(r"python (\S+\.py)(?: (\S+\.yaml))?", text)
-        for name in [*links, *spans, *(part for pair in scripts for part in pair if part)]:
+        for name in links:
+            assert (path.parent / name).exists(), f"{path.name} links to {name}"
+        for name in [*spans, *(part for pair in scripts for part in pair if part)]:
             assert (ROOT / name).exists(), f"{path.name} names {name}"
 
 
