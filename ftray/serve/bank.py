@@ -23,8 +23,9 @@ from ftray.errors import AdapterError
 from ftray.models.load import linear_modules, linear_shape
 from ftray.serve import native
 from ftray.serve.lora_files import LoraLayer
-from ftray.serve.native import Native
 
+Tables = list[tuple[torch.Tensor, torch.Tensor]]
+"""A [S, r, I] and B [S, r, O] of each layer."""
 MANY = 48
 """From so many tokens on, a slot has products of its own."""
 RANK_STEP = 8
@@ -53,6 +54,15 @@ class Alone:
     end: int
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What native.c needs of a bank: each slot's rank, and the largest I + r of a layer."""
+
+    native: native.Native
+    ranks: Any
+    widest: int
+
+
 class Mix:
     """How the tokens of one step are spread over the slots; made once, used by every layer."""
 
@@ -63,14 +73,13 @@ class Mix:
         *,
         rank: int,
         device: Any = "cpu",
-        native: Native | None = None,
-        ranks: Any = None,
-        room: Any = None,
+        compiled: Compiled | None = None,
     ):
         """`counts`: tokens by slot, ascending, as they lie in the step from its first token on. `pieces`: further
         (slot, begin, end) of the step's tokens, each of one slot. `rank`: the largest of all slots."""
         self.rank = rank
-        self.native, self.ranks, self.room, self.segments = native, ranks, room, None
+        self.native: native.Native | None = None
+        self.tokens: native.Tokens | None = None
         begin = 0
         begins: dict[int, int] = {}
         self.alone: list[Alone] = [Alone(*piece) for piece in pieces]
@@ -83,10 +92,12 @@ class Mix:
                 few[slot] = count
             begin += count
         self.shared: list[Shared] = []
-        if native is None:
+        if compiled is None:
             self.shared = [_shared(group, few, begins, device) for group in _ranges(sorted(few))]
         elif few:
-            self.segments = torch.tensor([(slot, begins[slot], begins[slot] + few[slot]) for slot in few])
+            segments = [(slot, begins[slot], begins[slot] + few[slot]) for slot in few]
+            self.native = compiled.native
+            self.tokens = native.Tokens(segments, ranks=compiled.ranks, widest=compiled.widest)
 
 
 def _ranges(slots: Sequence[int]) -> list[list[int]]:
@@ -124,22 +135,17 @@ def _shared(group: list[int], counts: Mapping[int, int], begins: Mapping[int, in
 class BankLinear(torch.nn.Module):
     """A linear layer of the base with its part of the bank. Without a mix it is the base's layer."""
 
-    def __init__(self, base: torch.nn.Module, bank: Bank, inputs: int, outputs: int):
+    def __init__(self, base: torch.nn.Module, bank: Bank, *, number: int, inputs: int, outputs: int):
         super().__init__()
         self.base, self.bank = base, bank
-        self.inputs, self.outputs = inputs, outputs
-        self.halves = (
-            torch.zeros(bank.slots, 0, inputs, dtype=bank.dtype, device=bank.device),
-            torch.zeros(bank.slots, 0, outputs, dtype=bank.dtype, device=bank.device),
-        )
-        """A [S, r, I] and B [S, r, O]; replaced together when the bank grows."""
+        self.number, self.inputs, self.outputs = number, inputs, outputs
         self.together: Together | None = Together([self])
         """None where the base's layer is a part of several, which add the bank's update themselves."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         if self.together is not None and self.bank.mix is not None:
-            self.together.add(y[0], x[0], self.bank.mix)
+            self.together.add(y, x, self.bank.mix)
         return y
 
 
@@ -148,33 +154,27 @@ class Together:
 
     def __init__(self, layers: Sequence[BankLinear]):
         self.layers = layers
-        self._known: tuple[Any, Any] = (None, None)
+        self._numbers = [layer.number for layer in layers]
+        self._known: tuple[Any, native.Layers | None] = (None, None)
 
-    def add(self, y_NO: torch.Tensor, x_NI: torch.Tensor, mix: Mix) -> None:
-        """y += B_s A_s x for each token's slot s, in place."""
-        if mix.segments is not None:
-            assert mix.native is not None
-            layout = self._layout()
-            rank = self.layers[0].halves[0].shape[1]
-            mix.native.lora(y_NO, x_NI, layout=layout, rank=rank, ranks=mix.ranks, segments=mix.segments, room=mix.room)
+    def add(self, y: torch.Tensor, x: torch.Tensor, mix: Mix) -> None:
+        """y [1, N, O] += B_s A_s x [1, N, I] for each token's slot s, in place."""
+        tables = self.layers[0].bank.tables
+        if mix.native is not None and mix.tokens is not None:
+            mix.native.lora(y, x, layers=self._compiled(tables), tokens=mix.tokens)
         if mix.shared or mix.alone:
             begin = 0
             for layer in self.layers:
-                add(y_NO[:, begin : begin + layer.outputs], x_NI, mix, *layer.halves)
+                add(y[0, :, begin : begin + layer.outputs], x[0], mix, *tables[layer.number])
                 begin += layer.outputs
 
-    def _layout(self) -> torch.Tensor:
-        """See native.Native.lora; the same until the bank grows."""
-        halves = [layer.halves for layer in self.layers]
-        known, layout = self._known
-        if known is None or any(one is not other for one, other in zip(known, halves, strict=True)):
-            rows, begin = [], 0
-            for layer, (a, b) in zip(self.layers, halves, strict=True):
-                rows.append((a.data_ptr(), b.data_ptr(), begin, layer.outputs))
-                begin += layer.outputs
-            layout = torch.tensor(rows)
-            self._known = (halves, layout)
-        return layout
+    def _compiled(self, tables: Tables) -> native.Layers:
+        """What native.c is given, made anew when the bank has grown."""
+        known, layers = self._known
+        if known is not tables or layers is None:
+            layers = native.Layers([tables[number] for number in self._numbers])
+            self._known = (tables, layers)
+        return layers
 
 
 def add(y_NO: torch.Tensor, x_NI: torch.Tensor, mix: Mix, a_SrI: torch.Tensor, b_SrO: torch.Tensor) -> None:
@@ -208,29 +208,24 @@ class Bank:
         self._lock = threading.Lock()
         self._slot_of: dict[str, int] = {}
         self._ranks: dict[str, int] = {}
-        usable = torch.device(device).type == "cpu" and dtype in native.NAMES and torch.get_num_threads() == 1
-        self.native = native.load() if usable else None
         self._slot_ranks = torch.zeros(slots, dtype=torch.long)
+        self.tables: Tables = []
+        """Replaced whole when the bank grows; a step in work goes on with the one that it has."""
         self.layers: dict[str, BankLinear] = {}
         for name, module in linear_modules(model).items():
             inputs, outputs = linear_shape(module)
             parent, _, leaf = name.rpartition(".")
-            self.layers[name] = BankLinear(module, self, inputs, outputs)
+            self.layers[name] = BankLinear(module, self, number=len(self.tables), inputs=inputs, outputs=outputs)
+            self.tables.append((self._zeros(inputs, 0), self._zeros(outputs, 0)))
             setattr(model.get_submodule(parent), leaf, self.layers[name])
-        self._widest = max(layer.inputs for layer in self.layers.values())
+        usable = torch.device(device).type == "cpu" and dtype in native.NAMES and torch.get_num_threads() == 1
+        loops = native.load() if usable else None
+        widest = max(layer.inputs for layer in self.layers.values()) + max_rank
+        self.compiled = Compiled(loops, self._slot_ranks, widest) if loops else None
 
     def mixed(self, counts: Mapping[int, int], pieces: Sequence[tuple[int, int, int]] = ()) -> Mix:
         """The mix of a step; see Mix."""
-        room = torch.empty(native.TOKENS * (self._widest + self.max_rank)) if self.native else None
-        return Mix(
-            counts,
-            pieces,
-            rank=self.rank,
-            device=self.device,
-            native=self.native,
-            ranks=self._slot_ranks,
-            room=room,
-        )
+        return Mix(counts, pieces, rank=self.rank, device=self.device, compiled=self.compiled)
 
     def slot(self, key: str) -> int:
         return self._slot_of[key]
@@ -248,7 +243,7 @@ class Bank:
             for name, layer in self.layers.items():
                 one = lora.get(name)
                 width = one.a.shape[0] if one else 0
-                a, b = layer.halves[0][slot], layer.halves[1][slot]
+                a, b = (table[slot] for table in self.tables[layer.number])
                 if one is not None:
                     a[:width].copy_(one.a)
                     b[:width].copy_(one.b.t()).mul_(one.scale)
@@ -287,16 +282,17 @@ class Bank:
                 raise AdapterError(f"{name} holds NaN or infinite numbers; publish a version that did not diverge")
 
     def _make_wide_enough(self, rank: int) -> None:
-        """Grows every layer's slots to a rank. A step in work goes on with the tensors that it has."""
-        have = next(iter(self.layers.values())).halves[0].shape[1]
+        """Grows every layer's slots to a rank."""
+        have = self.tables[0][0].shape[1]
         if rank <= have:
             return
         rank = min(-(-rank // RANK_STEP) * RANK_STEP, self.max_rank)
-        for layer in self.layers.values():
-            old_a, old_b = layer.halves
-            a, b = (
-                old_a.new_zeros(self.slots, rank, layer.inputs),
-                old_b.new_zeros(self.slots, rank, layer.outputs),
-            )
-            a[:, :have], b[:, :have] = old_a, old_b
-            layer.halves = (a, b)
+        self.tables = [(self._grown(a, rank), self._grown(b, rank)) for a, b in self.tables]
+
+    def _grown(self, old: torch.Tensor, rank: int) -> torch.Tensor:
+        new = self._zeros(old.shape[2], rank)
+        new[:, : old.shape[1]] = old
+        return new
+
+    def _zeros(self, width: int, rank: int) -> torch.Tensor:
+        return torch.zeros(self.slots, rank, width, dtype=self.dtype, device=self.device)

@@ -77,7 +77,7 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
     pack(bank, base)
     lane = Lane(base, bank=bank)
     length = max_length(section, shape)
-    quick = bank.native if shape.head_dim in native.WIDTHS else None
+    quick = bank.compiled.native if bank.compiled and shape.head_dim in native.WIDTHS else None
     sizes: dict[str, Any] = {
         "layers": shape.layers,
         "length": length,

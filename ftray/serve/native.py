@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,30 @@ NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
+class Layers:
+    """Layers over one input: A [S, R, I] and B [S, R, o] of each, whose outputs lie beside each other in y."""
+
+    def __init__(self, halves: Sequence[tuple[Any, Any]]):
+        self.halves = halves
+        self.rank = halves[0][0].shape[1]
+        rows, begin = [], 0
+        for a, b in halves:
+            rows.append((a.data_ptr(), b.data_ptr(), begin, b.shape[2]))
+            begin += b.shape[2]
+        self._layout = torch.tensor(rows)
+        self.given = (self._layout.data_ptr(), len(rows))
+
+
+class Tokens:
+    """Which tokens of a step are of which slot: `segments` of (slot, begin, end). `ranks` [S], int64: what each slot
+    uses of R; `widest`: the largest I + R of any layer."""
+
+    def __init__(self, segments: Sequence[tuple[int, int, int]], *, ranks: Any, widest: int):
+        self._kept = ranks, torch.tensor(segments), torch.empty(TOKENS * widest)
+        self.given = (ranks.data_ptr(), self._kept[1].data_ptr(), len(segments))
+        self.room = self._kept[2].data_ptr()
+
+
 class Native:
     """The library's two loops over torch's tensors. One thread; the interpreter is free meanwhile."""
 
@@ -45,27 +70,12 @@ class Native:
             function.restype = None
             function.argtypes = [p, p, n, n, p, n, n, p, n, n, p, p, p, p, n, n, n, n, n, ctypes.c_float, n, p]
 
-    def lora(self, y: Any, x: Any, *, layout: Any, rank: int, ranks: Any, segments: Any, room: Any) -> None:
-        """y [N, O] += B_s A_s x [N, I] for layers over one x; all of one dtype, fp32 or bf16, sums in fp32.
-
-        `layout` [layers, 4]: addresses of A [S, R, I] and B [S, R, o], the layer's first column of y, and o. `rank` is
-        R, `ranks` [S] what a slot uses of it; `segments` [n, 3]: slot, begin, end. All of these int64. `room`: fp32,
-        4 * (I + R).
-        """
+    def lora(self, y: Any, x: Any, *, layers: Layers, tokens: Tokens) -> None:
+        """y [1, N, O] += B_s A_s x [1, N, I] for layers over one x; all of one dtype, fp32 or bf16, sums in fp32."""
         self._lora[y.dtype](
-            y.data_ptr(),
-            y.stride(0),
-            x.data_ptr(),
-            x.stride(0),
-            layout.data_ptr(),
-            layout.shape[0],
-            ranks.data_ptr(),
-            segments.data_ptr(),
-            segments.shape[0],
-            rank,
-            x.shape[1],
-            room.data_ptr(),
-        )
+            y.data_ptr(), y.stride(1), x.data_ptr(), x.stride(1), *layers.given, *tokens.given, layers.rank, x.shape[2],
+            tokens.room,
+        )  # fmt: skip
 
     def attend(
         self,

@@ -34,7 +34,7 @@ class Joint:
         if seen is not x:
             y = self.linear(x)
             if self.together is not None and (mix := self.together.layers[0].bank.mix) is not None:
-                self.together.add(y[0], x[0], mix)
+                self.together.add(y, x, mix)
         self._kept = (None, None) if number == self._last else (x, y)
         return y[..., begin:end]
 
