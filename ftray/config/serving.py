@@ -84,7 +84,7 @@ class Limits(Section):
 class Key(Section):
     name: str = Field(description="whose key it is, for logs and metrics")
     sha256: str = Field(description="of the key, in hex; `ftray serve --new-key NAME` makes one")
-    scopes: list[Scope] = Field(default_factory=lambda: ["infer"], min_length=1, description="infer, admin")
+    scopes: list[Scope] = Field(["infer"], min_length=1, description="infer, admin")
 
     @field_validator("sha256")
     @classmethod

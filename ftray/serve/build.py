@@ -59,8 +59,9 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
     from ftray.serve.bank import Bank
     from ftray.serve.cache import Cache
     from ftray.serve.lanes import Lane, OwnLanes
-    from ftray.serve.loop import BankEngine, Settings
+    from ftray.serve.loop import BankEngine
     from ftray.serve.pack import pack
+    from ftray.serve.stepper import Settings
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
