@@ -1,14 +1,12 @@
-"""The server on Ray Serve: replicas, each with the engine and its versions, and ingresses, which speak HTTP.
+"""The server on Ray Serve: what is deployed, started and stopped.
 
 ```text
 client -> Serve's proxy -> Ingress (app, catalog, tokenizer) -> AdapterRouter -> EngineReplica (residency, engine)
 ```
-Ingresses know what names mean, replicas know versions only. They share nothing but the registry.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -16,28 +14,28 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions, RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
 
 from ftray.config.serving import Serving, VllmEngine
 from ftray.errors import ClusterError, ServeError
 from ftray.ray_cluster import connect
-from ftray.serve import routing
-from ftray.serve.engine import EngineFacts, Generation, Labelled, Piece, VersionRef
-from ftray.serve.fleet import ReplicaState
-from ftray.serve.gather import Gatherer
-
-log = logging.getLogger(__name__)
+from ftray.serve.processes import EngineReplica, Ingress
 
 APPLICATION = "ftray.serve.deploy:application"
 START_S = 600.0
+DELETE_S = 30.0
+POLL_S = 0.2
+DRAIN_LOOP_S = 0.5
+"""How often a stopping replica looks whether its requests are done; it has got the last of them by the first look."""
 INGRESS_REQUESTS = 10_000
 """An ingress holds a request while it streams, which costs it little; replicas say when it is too much."""
+ROUTER = "ftray.serve.routing.AdapterRouter"
 ROUTER_STATS_S = 1.0
 TRANSPORT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -47,111 +45,6 @@ TRANSPORT = {
 }
 """How Serve's processes talk: 32 streams took 0.15 ms of an ingress's time a piece so, and 0.38 ms by Ray's defaults.
 Set for the processes started here; a cluster's own proxies follow the environment of its nodes."""
-
-
-class EngineReplica:
-    """A process with an engine; see replica.Replica, which this puts behind a deployment handle."""
-
-    async def __init__(self, serving: dict[str, Any]):
-        from ftray.serve.build import build_engine
-        from ftray.serve.replica import Replica
-        from ftray.store.paths import Storage
-        from ftray.store.registry import Registry
-
-        logging.basicConfig(level=logging.INFO)
-        self._serving = Serving.model_validate(serving)
-        engine = await asyncio.to_thread(build_engine, self._serving)
-        self._engine = engine
-        self._gatherer = Gatherer()
-        self._replica = Replica(
-            engine,
-            Registry(Storage(self._serving.storage)),
-            id=ray_serve.get_replica_context().replica_id.unique_id,
-            limits=self._serving.limits,
-            adapters=self._serving.adapters,
-            app=self._serving.name,
-        )
-        await self._replica.start()
-
-    async def generate(self, request: Generation, version: VersionRef | None) -> AsyncGenerator[Piece, None]:
-        pieces = self._replica.generate(request, version)
-        gathered = self._gatherer.gathered(pieces, streamed=request.streamed)
-        async with contextlib.aclosing(pieces), contextlib.aclosing(gathered):
-            async for piece in gathered:
-                yield piece
-
-    async def embed(self, ids: list[tuple[int, ...]], version: VersionRef | None) -> list[list[float]]:
-        return await self._replica.embed(ids, version)
-
-    async def classify(self, ids: list[tuple[int, ...]], version: VersionRef) -> list[Labelled]:
-        return await self._replica.classify(ids, version)
-
-    async def load(self, version: VersionRef, pin: bool = False) -> list[ReplicaState]:
-        return await self._replica.load(version, pin=pin)
-
-    async def unload(self, version: VersionRef) -> list[ReplicaState]:
-        return await self._replica.unload(version)
-
-    async def unpin(self, version: VersionRef) -> list[ReplicaState]:
-        return await self._replica.unpin(version)
-
-    async def facts(self) -> EngineFacts:
-        return await self._replica.facts()
-
-    async def states(self) -> list[ReplicaState]:
-        return await self._replica.states()
-
-    async def record_routing_stats(self) -> dict[str, Any]:
-        """Ray Serve hands it to every router."""
-        [state] = await self._replica.states()
-        return {routing.VERSIONS: [one.version.key for one in state.residents if one.state == "loaded"]}
-
-    async def check_health(self) -> None:
-        """Ray Serve replaces a replica where this raises."""
-        if not self._engine.stats().alive:
-            raise ServeError("the engine's thread or process is gone")
-
-    async def __del__(self) -> None:
-        """Ray Serve calls it once the replica is drained."""
-        if hasattr(self, "_replica"):
-            await self._replica.close()
-
-
-class Ingress:
-    """A process that speaks HTTP."""
-
-    async def __init__(self, serving: dict[str, Any], replicas: DeploymentHandle):
-        from ftray.models.load import fingerprint, load_tokenizer
-        from ftray.serve.app import create_app
-        from ftray.serve.catalog import Catalog
-        from ftray.serve.remote import RemoteFleet
-        from ftray.store.paths import Storage
-        from ftray.store.registry import Registry
-
-        config = Serving.model_validate(serving)
-        tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
-        self._catalog = Catalog(
-            Registry(Storage(config.storage)),
-            base_names=base_names(config),
-            fingerprint=await asyncio.to_thread(fingerprint, config.model),
-            allowed=config.adapters.serve,
-            watch_s=config.adapters.watch_s,
-        )
-        await self._catalog.start()
-        fleet = RemoteFleet(replicas)
-        self._app = create_app(serving=config, fleet=fleet, catalog=self._catalog, tokenizer=tokenizer)
-
-    def __serve_build_asgi_app__(self) -> Any:
-        return self._app
-
-    async def __del__(self) -> None:
-        if hasattr(self, "_catalog"):
-            await self._catalog.stop()
-
-
-def base_names(serving: Serving) -> list[str]:
-    """What a request may call the base."""
-    return list(dict.fromkeys(["base", serving.model.base]))
 
 
 def application(args: dict[str, Any]) -> Any:
@@ -164,24 +57,23 @@ def application(args: dict[str, Any]) -> Any:
         name="engine",
         max_ongoing_requests=_most_requests(serving),
         ray_actor_options=_resources(serving),
-        graceful_shutdown_timeout_s=serving.scale.drain_s,
-        health_check_period_s=2,
         health_check_timeout_s=30,
-        request_router_config=RequestRouterConfig(
-            request_router_class="ftray.serve.routing.AdapterRouter", request_routing_stats_period_s=ROUTER_STATS_S
+        request_router_config=RequestRouterConfig.model_validate(
+            {"request_router_class": ROUTER, "request_routing_stats_period_s": ROUTER_STATS_S}
         ),
         **_scaling(serving, low, high),
+        **_life(serving),
     )
     ingress = ray_serve.deployment(
         ray_serve.ingress()(Ingress),
         name="ingress",
         num_replicas=serving.scale.ingresses,
         max_ongoing_requests=INGRESS_REQUESTS,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": TRANSPORT}},
-        graceful_shutdown_timeout_s=serving.scale.drain_s,
-        health_check_period_s=2,
+        max_surge_percent=100,  # it takes no CPU: the new one is there before the old one leaves
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _environment()}},
+        **_life(serving),
     )
-    return ingress.bind(content, engine.bind(content))
+    return ingress.bind(content, engine.bind(content))  # type: ignore[attr-defined]
 
 
 def serve_config(serving: Serving) -> dict[str, Any]:
@@ -228,28 +120,42 @@ def running(serving: Serving):
         for name, value in TRANSPORT.items():
             os.environ.setdefault(name, value)
     connect(serving.scale.address)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says below that is said here too
     try:
-        port = serving.http.port or _free_port()
-        _start_proxies(serving, port)
-        ray_serve.run(application(serving.model_dump(mode="json")), name=serving.name, route_prefix="/", blocking=False)
-        _wait_until_running(serving.name)
+        port = _start_proxies(serving)
         try:
+            _deploy(serving)
             host = serving.http.host
             yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         finally:
-            ray_serve.delete(serving.name)
+            _delete(serving)
     finally:
-        if here:
-            ray_serve.shutdown()
+        if here:  # Serve goes with the cluster; its own shutdown would be slower, and says that it failed
             ray.shutdown()
 
 
-def _start_proxies(serving: Serving, port: int) -> None:
-    loopback = serving.http.host in ("127.0.0.1", "localhost", "::1")
-    ray_serve.start(
-        proxy_location="HeadOnly" if loopback else "EveryNode",
-        http_options=HTTPOptions(host=serving.http.host, port=port, **_timeouts(serving)),
-    )
+def _start_proxies(serving: Serving) -> int:
+    """The port where they listen. ClusterError when Serve runs already and listens elsewhere: it cannot be moved."""
+    from ray.serve.context import _get_global_client
+
+    http = serving.http
+    there = _get_global_client(raise_if_no_controller_running=False)
+    if there is None:
+        port = http.port or _free_port()
+        loopback = http.host in ("127.0.0.1", "localhost", "::1")
+        ray_serve.start(
+            proxy_location="HeadOnly" if loopback else "EveryNode",
+            http_options=HTTPOptions(host=http.host, port=port, **_timeouts(serving)),
+            logging_config=LoggingConfig(enable_access_log=False),
+        )
+        return port
+    at = there.http_config
+    if at.host != http.host or http.port not in (0, at.port):
+        raise ClusterError(
+            f"http: Ray Serve runs on this cluster already and listens at {at.host}:{at.port}, not "
+            f"{http.host}:{http.port}; say so in the serve file, or end it with `serve shutdown`"
+        )
+    return at.port
 
 
 def _timeouts(serving: Serving) -> dict[str, Any]:
@@ -293,21 +199,55 @@ def _resources(serving: Serving) -> dict[str, Any]:
     cpus = 1 if scale.cpus_per_replica == "auto" else scale.cpus_per_replica
     threads = getattr(engine, "threads", "auto")
     variables = {"OMP_NUM_THREADS": str(max(1, int(cpus)) if threads == "auto" else threads)}
-    variables |= TRANSPORT | {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
-    return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
+    return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables | _environment()}}
 
 
-def _wait_until_running(name: str) -> None:
+def _environment() -> dict[str, str]:
+    """Where a process finds the base, and how it talks."""
+    return TRANSPORT | {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+
+
+def _life(serving: Serving) -> dict[str, Any]:
+    """How any replica is watched and stopped. Requests are logged by the app, once."""
+    return {
+        "graceful_shutdown_timeout_s": serving.scale.drain_s,
+        "graceful_shutdown_wait_loop_s": DRAIN_LOOP_S,
+        "health_check_period_s": 2,
+        "logging_config": LoggingConfig(enable_access_log=False),
+    }
+
+
+def _deploy(serving: Serving) -> None:
+    """Returns once the application answers. ServeError where it does not come up, with what its replicas said."""
+    target = ray_serve.RunTarget(application(serving.model_dump(mode="json")), name=serving.name, route_prefix="/")
+    try:
+        ray_serve.run_many([target], wait_for_applications_running=False)
+    except RayServeException as error:
+        raise ServeError(f"Ray Serve refuses the application: {getattr(error, 'cause', error)}") from None
     end = time.monotonic() + START_S
     while True:
-        app = ray_serve.status().applications.get(name)
+        app = ray_serve.status().applications.get(serving.name)
         if app is not None and app.status == "RUNNING":
             return
-        if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ServeError(f"the server does not come up: {_reasons(app)}")
+        if app is not None and _has_failed(app):
+            raise ServeError(f"the server does not come up: {_reason(app)}")
         if time.monotonic() > end:
-            raise ServeError(f"the server is not up after {START_S:.0f} s: {_reasons(app) if app else 'no answer'}")
-        time.sleep(0.2)
+            raise ServeError(f"the server is not up after {START_S:.0f} s: {_reason(app) if app else 'no answer'}")
+        time.sleep(POLL_S)
+
+
+def _has_failed(app: Any) -> bool:
+    """Serve tries three times before it says so; the first try says enough to whoever waits for it."""
+    started = any("failed to start" in one.message for one in app.deployments.values())
+    return started or app.status in ("DEPLOY_FAILED", "UNHEALTHY")
+
+
+def _delete(serving: Serving) -> None:
+    """Returns once its requests are finished, or their time is over."""
+    ray_serve.delete(serving.name, _blocking=False)
+    end = time.monotonic() + serving.scale.drain_s + DELETE_S
+    while serving.name in ray_serve.status().applications and time.monotonic() < end:
+        time.sleep(POLL_S)
 
 
 def _check_running(name: str) -> None:
@@ -317,9 +257,11 @@ def _check_running(name: str) -> None:
             raise ServeError(f"the application {name!r} was deleted by somebody else")
 
 
-def _reasons(app: Any) -> str:
-    said = [app.message, *(one.message for one in app.deployments.values())]
-    return next((line.strip() for text in said for line in reversed((text or "").splitlines()) if line.strip()), "?")
+def _reason(app: Any) -> str:
+    """The last line of what the replicas, or else Serve, said."""
+    said = [*(one.message for one in app.deployments.values()), app.message]
+    last = next((line.strip() for text in said for line in reversed(text.splitlines()) if line.strip()), "?")
+    return last.removeprefix("ftray.errors.")
 
 
 def _check_port(serving: Serving) -> None:

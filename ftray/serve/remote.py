@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import grpc
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -18,7 +19,7 @@ from ftray.serve.fleet import ReplicaState
 T = TypeVar("T")
 
 ANSWER_S = 120.0
-STATES_S = 5.0
+STATES_S = 3.0
 
 
 class RemoteFleet:
@@ -33,7 +34,8 @@ class RemoteFleet:
     async def facts(self) -> EngineFacts:
         """The same for every replica, so it is asked once."""
         if self._facts is None:
-            self._facts = await self._one(self._handle.facts.remote())
+            facts: EngineFacts = await self._one(self._handle.facts.remote())
+            self._facts = facts
         return self._facts
 
     async def generate(self, request: Generation, version: VersionRef | None) -> AsyncGenerator[Piece, None]:
@@ -41,8 +43,10 @@ class RemoteFleet:
         over = False
         try:
             with _plain_errors():
-                async for piece in pieces:
-                    over = piece.finish is not None
+                async for piece in cast(AsyncIterator[Piece | FtrayError], pieces):
+                    over = isinstance(piece, FtrayError) or piece.finish is not None
+                    if isinstance(piece, FtrayError):
+                        raise piece
                     yield piece
             if not over:
                 raise ReplicaGone("the replica stopped in the middle of an answer; send the request again")
@@ -66,9 +70,8 @@ class RemoteFleet:
         return await self._all("unpin", version)
 
     async def states(self) -> list[ReplicaState]:
-        """Of the replicas that answer; one that is dying is left out."""
-        with _plain_errors():
-            answers = await self._handle.broadcast("states").results_async(timeout_s=STATES_S, return_exceptions=True)
+        """Of the replicas that answer; one that is dying or hangs is left out."""
+        answers = await self._answers("states", timeout_s=STATES_S)
         return [state for answer in answers if not isinstance(answer, BaseException) for state in answer]
 
     async def _one(self, response: Awaitable[T]) -> T:
@@ -76,9 +79,25 @@ class RemoteFleet:
             return await response
 
     async def _all(self, method: str, *args: Any, **options: Any) -> list[ReplicaState]:
+        answers = await self._answers(method, *args, timeout_s=ANSWER_S, **options)
+        states: list[ReplicaState] = []
         with _plain_errors():
-            answers = await self._handle.broadcast(method, *args, **options).results_async(timeout_s=ANSWER_S)
-        return [state for answer in answers for state in answer]
+            for answer in answers:
+                if isinstance(answer, TimeoutError | asyncio.CancelledError):
+                    raise ReplicaGone(f"a replica gave no answer in {ANSWER_S:.0f} s; try again")
+                if isinstance(answer, BaseException):
+                    raise answer
+                states += answer
+        return states
+
+    async def _answers(
+        self, method: str, *args: Any, timeout_s: float, **options: Any
+    ) -> list[list[ReplicaState] | BaseException]:
+        """What each replica answers or raises. Ray's `results_async` has no answer at all where one replica hangs."""
+        with _plain_errors():
+            results = await self._handle.broadcast(method, *args, **options)._fetch_replica_results_async()
+        waits = (asyncio.wait_for(result.get_async(), timeout_s) for result in results)
+        return list(await asyncio.gather(*waits, return_exceptions=True))
 
 
 @contextmanager
@@ -93,7 +112,7 @@ def _plain_errors():
         if isinstance(cause, RayActorError | asyncio.CancelledError):
             raise ReplicaGone("the replica that worked on the request died; send the request again") from error
         raise
-    except (RayActorError, DeploymentUnavailableError) as error:
+    except (RayActorError, DeploymentUnavailableError, grpc.RpcError) as error:
         raise ReplicaGone("the replica that worked on the request died; send the request again") from error
     except RayServeException as error:
         raise ReplicaGone(f"no replica could take the request ({error}); send it again") from error
