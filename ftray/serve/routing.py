@@ -12,7 +12,8 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 VERSIONS = "versions"
 """Of a replica's routing stats: the keys it has loaded."""
 SLACK = 8
-"""So many more requests than the least busy may a replica have, and twice as many, before others load the version."""
+"""So many more requests than the least busy may a replica have before others load the version: none is to refuse what
+another has room for."""
 
 
 class AdapterRouter(FIFOMixin, RequestRouter):
@@ -30,8 +31,14 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         having = [one for one in candidate_replicas if key in (one.routing_stats or {}).get(VERSIONS, ())]
         preferred = self._two(having) if having else [_home(key, candidate_replicas)]
         least = min(self._busy(one) for one in candidate_replicas)
-        calm = [one for one in preferred if self._busy(one) <= 2 * least + SLACK]
+        calm = [one for one in preferred if self._busy(one) <= least + SLACK]
         return [calm, others] if calm else [others]
+
+    def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
+        """The request that a replica was chosen for. By Ray's mixin it would go to the one that waits longest, which
+        may be for another version; its other routers go by an id that the answers to one HTTP request share."""
+        waiting = self._pending_requests_to_fulfill
+        return next((one for one in waiting if one.metadata is request_metadata and not one.future.done()), None)
 
     def _two(self, replicas: Sequence[RunningReplica]) -> list[RunningReplica]:
         """Two at random, the less busy first (Mitzenmacher 2001, the power of two choices)."""
