@@ -134,12 +134,13 @@ class World:
         return tuple(out[0, len(prompt) :].tolist())
 
 
-def make_world(root: Path) -> World:
+def make_world(root: Path, **shape: int) -> World:
+    """`shape` changes the base's configuration."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = root / "base"
-    _make_base(base)
+    _make_base(base, **shape)
     folders = {name: make_adapter(base, root / name, seed=seed, **ADAPTERS[name]) for seed, name in enumerate(ADAPTERS)}
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     first, *others = ADAPTERS
@@ -198,14 +199,13 @@ def _copy(source: Path, folder: Path) -> Path:
 def _make_base(folder: Path, **changes: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, **changes}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512, **changes}
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
         intermediate_size=96,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=512,
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=END,
