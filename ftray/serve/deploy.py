@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -80,7 +81,7 @@ def serve_config(serving: Serving) -> dict[str, Any]:
     """A Ray Serve config: for `serve deploy`, and as KubeRay's `serveConfigV2`."""
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": serving.http.port or 8000, **_timeouts(serving)},
+        "http_options": {"host": serving.http.host, "port": serving.http.port or 8000, **_timeouts(serving)},
         "applications": [
             {
                 "name": serving.name,
@@ -114,23 +115,27 @@ def running(serving: Serving):
 
     ServeError when it does not come up, with what its replicas said.
     """
-    here = serving.scale.address is None and "RAY_ADDRESS" not in os.environ and not ray.is_initialized()
-    if here:
-        _check_port(serving)
-        for name, value in TRANSPORT.items():
+    connected = ray.is_initialized()
+    if not connected:
+        for name, value in TRANSPORT.items():  # for a cluster that starts here
             os.environ.setdefault(name, value)
-    connect(serving.scale.address)
+        connect(serving.scale.address)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says below that is said here too
     try:
         port = _start_proxies(serving)
+        if serving.name in ray_serve.status().applications:
+            raise ClusterError(
+                f"name: an application {serving.name!r} is served on this cluster already; give this one another name, "
+                f"or end that one with `serve delete {serving.name}`"
+            )
         try:
             _deploy(serving)
-            host = serving.http.host
-            yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+            host = {"0.0.0.0": "127.0.0.1"}.get(serving.http.host, serving.http.host)
+            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
         finally:
             _delete(serving)
     finally:
-        if here:  # Serve goes with the cluster; its own shutdown would be slower, and says that it failed
+        if not connected:  # Serve goes with a cluster of our own; its own shutdown is slower, and says that it failed
             ray.shutdown()
 
 
@@ -141,6 +146,8 @@ def _start_proxies(serving: Serving) -> int:
     http = serving.http
     there = _get_global_client(raise_if_no_controller_running=False)
     if there is None:
+        if serving.scale.address in (None, "local") and "RAY_ADDRESS" not in os.environ:
+            _check_port(serving)
         port = http.port or _free_port()
         loopback = http.host in ("127.0.0.1", "localhost", "::1")
         ray_serve.start(
@@ -261,7 +268,7 @@ def _reason(app: Any) -> str:
     """The last line of what the replicas, or else Serve, said."""
     said = [*(one.message for one in app.deployments.values()), app.message]
     last = next((line.strip() for text in said for line in reversed(text.splitlines()) if line.strip()), "?")
-    return last.removeprefix("ftray.errors.")
+    return re.sub(r"^ftray\.errors\.\w+: ", "", last)
 
 
 def _check_port(serving: Serving) -> None:

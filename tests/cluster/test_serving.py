@@ -427,5 +427,5 @@ def test_a_server_that_does_not_come_up_says_why(url, serving, tmp_path):
 
     model = serving.model.model_copy(update={"base": str(tmp_path)})
     broken = serving.model_copy(update={"model": model, "scale": ServeScale(replicas=1)})
-    with pytest.raises(ServeError, match=f"ModelError: model.base: {tmp_path} has no"), running(broken):
+    with pytest.raises(ServeError, match=f"does not come up: model.base: {tmp_path} has no"), running(broken):
         pass
