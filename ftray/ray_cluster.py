@@ -27,7 +27,8 @@ def connect(address: str | None) -> None:
         )
     except Exception as error:  # a cluster that does not start, or answer, is told by Ray in bare Exceptions too
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ClusterError(
-            f"no Ray cluster at {where}: {str(error).splitlines()[0]}; start one with `ray start --head`, "
+            f"no Ray cluster at {where}: {said}; start one with `ray start --head`, "
             "or leave scale.address out to use this machine alone"
         ) from error

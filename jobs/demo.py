@@ -64,7 +64,7 @@ def main() -> int:
 
 
 async def _ask(url: str, old: str, new: str) -> None:
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)  # a failure is to be seen
     rows = list(orders(seed=11, held_out=True, rows=QUESTIONS + CLIENTS))
     table = Table("", *(order.text for order in rows[:QUESTIONS]), show_lines=True)
     for model in ("base", old, new):
@@ -72,12 +72,14 @@ async def _ask(url: str, old: str, new: str) -> None:
     console.print(table)
 
     _say(f"4. {CLIENTS} clients stream from 'orders' while {new} is promoted")
-    half = CLIENTS * ANSWERS_EACH // 3
     done: list[Served] = []
-    moved = asyncio.create_task(_promote_after(client, new, done, half))
+    promotion = asyncio.create_task(_promote_after(client, new, done, CLIENTS * ANSWERS_EACH // 3))
     streams = (_stream(client, order, done) for order in rows[QUESTIONS:])
     failed = [error for error in await asyncio.gather(*streams, return_exceptions=True) if error]
-    pause = await moved
+    if not promotion.done():  # too few answers came for it to begin
+        promotion.cancel()
+        raise SystemExit(f"requests failed: {failed[:3]}")
+    pause = promotion.result()
     by = Counter(one.version for one in done)
     right = Counter(one.version for one in done if one.right)
     for version in (old, new):

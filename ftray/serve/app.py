@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,6 +25,8 @@ from ftray.serve.keys import KeyGuard
 from ftray.serve.metrics import Metrics
 from ftray.serve.schema import ERRORS, describe
 from ftray.serve.server import Server
+
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def create_app(*, serving: Serving, fleet: Fleet, catalog: Catalog, tokenizer: Any) -> FastAPI:
@@ -60,6 +63,9 @@ def _middleware(serving: Serving, metrics: Metrics) -> list[Middleware]:
                 expose_headers=["x-request-id", "x-ftray-version", "retry-after"],
             )
         )
+    if not serving.keys and serving.http.host in LOOPBACK:
+        # A page whose name was made to point here would be of our origin, and could promote and read answers.
+        layers.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "*.localhost"]))
     return [*layers, Middleware(KeyGuard, keys=serving.keys)]
 
 

@@ -118,10 +118,13 @@ def cached_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     step: Step | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, K, T, D]; stores the new keys and values, returns [1, T, H, D]."""
     assert step is not None, "the engine passes its step to the model"
+    if s_aux is not None:
+        raise NotImplementedError("attention sinks")
     layer = module.layer_idx
     assert isinstance(layer, int)
     keys, values = step.cache.keys[layer], step.cache.values[layer]

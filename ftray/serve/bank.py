@@ -72,12 +72,14 @@ class Mix:
         pieces: Sequence[tuple[int, int, int]] = (),
         *,
         rank: int,
+        size: int,
         device: Any = "cpu",
         compiled: Compiled | None = None,
     ):
         """`counts`: tokens by slot, ascending, as they lie in the step from its first token on. `pieces`: further
-        (slot, begin, end) of the step's tokens, each of one slot. `rank`: the largest of all slots."""
-        self.rank = rank
+        (slot, begin, end) of the step's tokens, each of one slot. `rank`: the largest of all slots. `size`: all tokens
+        of the step, the base's too."""
+        self.rank, self.size = rank, size
         self.native: native.Native | None = None
         self.tokens: native.Tokens | None = None
         begin = 0
@@ -139,11 +141,15 @@ class BankLinear(torch.nn.Module):
         super().__init__()
         self.base, self.bank = base, bank
         self.number, self.inputs, self.outputs = number, inputs, outputs
+        self.sees_all = True
+        """Whether every token of a step comes here, in order; an expert of a mixture sees a part."""
         self.together: Together | None = Together([self])
         """None where the base's layer is a part of several, which add the bank's update themselves."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
+        if self.bank.trial is not None:
+            self.sees_all = x.shape[-2] == self.bank.trial
         if self.together is not None and self.bank.mix is not None:
             self.together.add(y, x, self.bank.mix)
         return y
@@ -158,7 +164,11 @@ class Together:
         self._known: tuple[Any, native.Layers | None] = (None, None)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, mix: Mix) -> None:
-        """y [1, N, O] += B_s A_s x [1, N, I] for each token's slot s, in place."""
+        """y [1, N, O] += B_s A_s x [1, N, I] for each token's slot s, in place; or [N, O] and [N, I]."""
+        if x.dim() == 2:
+            x, y = x[None], y[None]
+        if x.shape[:2] != (1, mix.size):
+            raise RuntimeError(f"a layer of the bank sees {tuple(x.shape[:2])} of {mix.size} tokens")
         tables = self.layers[0].bank.tables
         if mix.native is not None and mix.tokens is not None:
             mix.native.lora(y, x, layers=self._compiled(tables), tokens=mix.tokens)
@@ -203,6 +213,10 @@ class Bank:
         self.dtype, self.device = dtype, device
         self.rank = 0
         """The largest rank loaded, to which the others are padded."""
+        self.head = next((name for name, one in model.named_modules() if one is model.get_output_embeddings()), None)
+        """The output layer's name; adapters of it are held beside the bank."""
+        self.trial: int | None = None
+        """So many tokens go through the model to see which layers get them all."""
         self.mix: Mix | None = None
         """Of the step that is being computed; only the generating thread sets it."""
         self._lock = threading.Lock()
@@ -223,9 +237,9 @@ class Bank:
         widest = max(layer.inputs for layer in self.layers.values()) + max_rank
         self.compiled = Compiled(loops, self._slot_ranks, widest) if loops else None
 
-    def mixed(self, counts: Mapping[int, int], pieces: Sequence[tuple[int, int, int]] = ()) -> Mix:
+    def mixed(self, counts: Mapping[int, int], pieces: Sequence[tuple[int, int, int]] = (), *, size: int) -> Mix:
         """The mix of a step; see Mix."""
-        return Mix(counts, pieces, rank=self.rank, device=self.device, compiled=self.compiled)
+        return Mix(counts, pieces, rank=self.rank, size=size, device=self.device, compiled=self.compiled)
 
     def slot(self, key: str) -> int:
         return self._slot_of[key]
@@ -269,6 +283,8 @@ class Bank:
                 problems.append(f"{name} is no linear layer of the base")
             elif (layer.inputs, layer.outputs) != (inputs, outputs):
                 problems.append(f"{name} is {inputs} -> {outputs}, the base's is {layer.inputs} -> {layer.outputs}")
+            elif not layer.sees_all:
+                problems.append(f"{name} sees only the tokens that are routed to it; merge the adapter, or use vLLM")
             elif rank > self.max_rank:
                 problems.append(f"rank {rank} is over adapters.max_rank = {self.max_rank}; raise it")
         if problems:

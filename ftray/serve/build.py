@@ -86,7 +86,8 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
         "width": shape.head_dim,
         "dtype": torch.float32 if device.type == "cpu" and quick is None else dtype,
     }
-    rows = cache_rows(section, Cache.bytes_per_row(**sizes), device)
+    cache = Cache(rows=cache_rows(section, Cache.bytes_per_row(**sizes), device), device=device, native=quick, **sizes)
+    _try_out(lane, cache)
     return BankEngine(
         facts=EngineFacts(
             kind="bank",
@@ -97,11 +98,11 @@ def bank_engine(serving: Serving, section: BankSection) -> Any:
             vocab_size=shape.vocab_size,
             room={"bank": adapters.slots, "own": adapters.own},
         ),
-        settings=Settings(min(section.max_batch, rows), section.prefill_chunk, section.prefix_cache),
+        settings=Settings(min(section.max_batch, len(cache.rows)), section.prefill_chunk, section.prefix_cache),
         lane=lane,
         bank=bank,
         own=OwnLanes(serving.model, dtype=dtype, device=device),
-        cache=Cache(rows=rows, device=device, native=quick, **sizes),
+        cache=cache,
         tokenizer=tokenizer,
         eos_ids=eos_ids,
     )
@@ -149,14 +150,29 @@ def cache_rows(section: BankSection, row_bytes: int, device: Any) -> int:
 
 
 def _free_bytes(device: Any) -> int:
+    """What is free on the device; on CPUs also within the container's limit."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 8 * 2**30
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 8 * 2**30)
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no second version of control groups here
+        return free
+
+
+def _try_out(lane: Any, cache: Any) -> None:
+    """ModelError for a model that the bank engine's attention or cache is not made for, before anybody asks it."""
+    try:
+        lane.try_out(cache)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"model.base: the bank engine cannot run a {type(lane.model).__name__} ({said}); use engine.kind: vllm"
+        ) from error
 
 
 def _check_attention(model: Any) -> None:

@@ -145,6 +145,7 @@ class EncoderEngine:
                 prompt_tokens=self._tokens,
                 steps=self._steps,
                 step_s=self._step_s,
+                alive=self._reader.is_alive(),
             )
 
     async def close(self) -> None:

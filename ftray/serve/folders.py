@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import shutil
-import tempfile
 import threading
 from pathlib import Path
 
@@ -35,7 +34,8 @@ class Folders:
 
     def __init__(self, registry: Registry, *, cache: Path | None = None, cache_gb: float = CACHE_GB):
         self._registry = registry
-        self._cache = cache or Path(tempfile.gettempdir(), f"ftray-versions-{os.getuid()}")
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self._cache = cache or Path(home, "ftray", "versions")
         self._cache_bytes = cache_gb * 1e9
         self._checked: dict[Path, tuple[str, tuple]] = {}
         self._locks: dict[str, int] = {}
@@ -134,12 +134,15 @@ class Folders:
             return
         for folder in sorted(folders, key=_used_at):
             if total > self._cache_bytes and _removed(folder):
-                total -= self._sizes.pop(folder.name)
+                total -= self._sizes.pop(folder.name, 0)
 
     def _size(self, folder: Path) -> int:
         """What is in a folder does not change once it is there; 0 is asked again."""
         if not self._sizes.get(folder.name):
-            self._sizes[folder.name] = sum(size for _, size, _ in _stamp(folder))
+            try:
+                self._sizes[folder.name] = sum(size for _, size, _ in _stamp(folder))
+            except FileNotFoundError:  # another process is removing it
+                return 0
         return self._sizes[folder.name]
 
 

@@ -41,6 +41,19 @@ class Lane:
         """Keys and values [K, n, D] a layer, of n virtual tokens."""
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
+    @torch.inference_mode()
+    def try_out(self, cache: Cache, *, tokens: int = 3) -> None:
+        """Runs some tokens through; whatever the model raises where it does not fit the cache or the attention."""
+        step = Step(cache, [], [], [Chunk(cache.rows[0], 0, tokens, 0)])
+        ids, positions = (torch.arange(tokens, device=cache.device) for _ in range(2))
+        if self.bank is not None:
+            self.bank.trial = tokens
+        self.logits(ids, positions, step, keep_N=positions[-1:], mix=None)
+        step = Step(cache, [cache.rows[0]], [tokens], [])
+        if self.bank is not None:
+            self.bank.trial = None
+        self.logits(ids[:1], positions[:1] + tokens, step, keep_N=positions[:1], mix=None)
+
     @property
     def virtual(self) -> int:
         return self.prefix[0][0].shape[1] if self.prefix else 0

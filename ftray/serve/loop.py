@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftray.errors import AdapterError, RequestError
+from ftray.errors import AdapterError, ReplicaGone, RequestError
 from ftray.serve.bank import Bank
 from ftray.serve.cache import Cache
 from ftray.serve.engine import EngineFacts, EngineStats, Generation, Piece, Room
@@ -54,7 +54,7 @@ class BankEngine:
     def _look(self, folder: Path) -> tuple[Room, dict[str, Any]]:
         config = read_config(folder)
         layers = stackable_layers(config, tensor_shapes(folder))
-        if layers is None:
+        if layers is None or self._bank.head in layers:
             return "own", config
         self._bank.check(layers)
         return "bank", config
@@ -73,13 +73,15 @@ class BankEngine:
         return room
 
     async def unload(self, key: str) -> None:
+        await self._stepper.let_go(key)
         self._bank.unload(key)
         self._lanes.pop(key, None)
-        self._stepper.do(lambda: self._stepper.cache.forget(key))
 
     async def generate(self, request: Generation) -> AsyncIterator[Piece]:
         sequence = self._sequence(request)
-        self._stepper.do(lambda: self._stepper.waiting.append(sequence))
+        if self._stepper.over:
+            raise ReplicaGone("the engine stopped; send the request again")
+        self._stepper.ask(sequence)
         try:
             while True:
                 for piece in await sequence.stream.next():

@@ -23,6 +23,9 @@ _MORE = (
 )
 """Settings that make a LoRA more than a sum of A and B beside linear layers."""
 
+_ON_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin that take A B out of the base's weights."""
+
 
 @dataclass(frozen=True)
 class LoraLayer:
@@ -58,6 +61,12 @@ def stackable_layers(
     """
     if config.get("peft_type") != "LORA" or any(config.get(key) for key in _MORE):
         return None
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_ON_ANOTHER_BASE):
+        raise AdapterError(
+            f"it was begun with {begun}, which changed its base; convert it to the original base when saving "
+            "(PEFT: path_initial_model_for_weight_conversion)"
+        )
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         match = _TENSOR.fullmatch(name)

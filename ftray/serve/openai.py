@@ -93,7 +93,7 @@ class Generating(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="over prompt and answer; 1 changes nothing")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="over prompt and answer; 1: none")
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None,
         BeforeValidator(_at_most(MAX_BIASES)),

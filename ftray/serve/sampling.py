@@ -14,6 +14,9 @@ import torch
 
 from ftray.serve.engine import Sampling, Scored
 
+COLDEST = 1e-5
+"""Below it the most likely token is taken: logits divided by less overflow."""
+
 
 @dataclass
 class Chooser:
@@ -55,7 +58,7 @@ def choose(logits_NV: torch.Tensor, choosers: Sequence[Chooser]) -> tuple[list[i
         for number in edited:
             edit(logits[number], choosers[number])
     tokens = logits.argmax(-1).tolist()
-    drawn = [number for number, chooser in enumerate(choosers) if chooser.sampling.temperature > 0]
+    drawn = [number for number, chooser in enumerate(choosers) if chooser.sampling.temperature >= COLDEST]
     if drawn:
         for number, token in zip(drawn, _draw(logits[drawn], [choosers[number] for number in drawn]), strict=True):
             tokens[number] = token

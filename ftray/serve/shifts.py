@@ -39,10 +39,9 @@ class Shifts:
         try:
             await place[1]
         except asyncio.CancelledError:
-            if place in self._queue:
-                self._queue.remove(place)
-            else:
+            if not place[1].cancelled():
                 self._inside -= 1  # admitted in the same moment
+            self._queue = [other for other in self._queue if other is not place]
             self._admit()
             raise
 
@@ -54,7 +53,7 @@ class Shifts:
         elif any(kind != self._kind for kind, _ in self._queue):
             return
         for kind, future in self._queue:
-            if kind == self._kind:
+            if kind == self._kind and not future.done():  # done: cancelled, and about to be told
                 self._inside += 1
                 future.set_result(None)
         self._queue = [place for place in self._queue if place[0] != self._kind]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ftray.errors import AdapterError, DeadlineExceeded, ServeError
+from ftray.errors import AdapterError, DeadlineExceeded, ReplicaGone, ServeError
 from ftray.serve.attention import Chunk, Step
 from ftray.serve.bank import Bank, Mix
 from ftray.serve.cache import Cache, Row
@@ -101,27 +101,49 @@ class Stepper:
         self.cache, self._bank, self._settings = cache, bank, settings
         self.waiting: deque[InWork] = deque()
         self.running: list[InWork] = []
-        self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[InWork | Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self.over = False
+        """Set once nothing is generated any more."""
         self._counts: dict[str, Any] = dict.fromkeys(
             ("prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps"), 0
         )
         self._step_s = 0.0
 
-    def do(self, action: Callable[[], Any]) -> None:
-        """Runs something between two steps; from any thread."""
-        self._inbox.put(action)
+    def ask(self, sequence: InWork) -> None:
+        """From any thread; the answer, or what ends it, comes through the sequence's stream."""
+        self._inbox.put(sequence)
+
+    async def let_go(self, version: str) -> None:
+        """Returns once no step uses a version and nothing of it is kept. Its requests have been cancelled before.
+
+        A slot must not be given to another version while a step computes with it: what the step stores would be kept
+        as this version's.
+        """
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def drop() -> None:
+            for sequence in [one for one in self.running if one.request.version == version]:
+                self._leave(sequence)
+            self.waiting = deque(one for one in self.waiting if one.request.version != version)
+            self.cache.forget(version)
+            loop.call_soon_threadsafe(_settle, done)
+
+        self._inbox.put(drop)
+        while not done.done() and not self.over:
+            await asyncio.wait({done}, timeout=1.0)
 
     def stop(self) -> None:
         def stopping() -> None:
             self._stopping = True
 
-        self.do(stopping)
+        self._inbox.put(stopping)
 
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self.running),
-            waiting=len(self.waiting),
+            waiting=len(self.waiting) + self._inbox.qsize(),
             cache_tokens=self.cache.tokens,
             cache_capacity=len(self.cache.rows) * self.cache.length,
             step_s=self._step_s,
@@ -142,23 +164,30 @@ class Stepper:
 
     @torch.inference_mode()
     def run(self) -> None:
-        while not self._stopping:
-            idle = not (self.running or self.waiting)
-            self._take_in(wait=idle)
-            self._drop_cancelled()
-            self._admit()
-            if self.running:
-                began = time.perf_counter()
-                self._tell(self._step())
-                self._step_s += 0.1 * (time.perf_counter() - began - self._step_s)
-        self._tell([(one.stream, ServeError("the engine was closed")) for one in [*self.running, *self.waiting]])
+        try:
+            while not self._stopping:
+                self._take_in(wait=not (self.running or self.waiting))
+                self._drop_cancelled()
+                self._admit()
+                if self.running:
+                    began = time.perf_counter()
+                    self._tell(self._step())
+                    self._step_s += 0.1 * (time.perf_counter() - began - self._step_s)
+        finally:
+            self.over = True
+            self._take_in(wait=False)
+            gone = ReplicaGone("the engine stopped; send the request again")
+            self._tell([(one.stream, gone) for one in [*self.running, *self.waiting]])
 
     def _take_in(self, *, wait: bool) -> None:
         try:
-            action = self._inbox.get(block=wait)
+            asked = self._inbox.get(block=wait)
             while True:
-                action()
-                action = self._inbox.get(block=False)
+                if isinstance(asked, InWork):
+                    self.waiting.append(asked)
+                else:
+                    asked()
+                asked = self._inbox.get(block=False)
         except queue.Empty:
             return
 
@@ -189,8 +218,9 @@ class Stepper:
             self._counts["cached_prompt_tokens"] += sequence.cached
 
     def _leave(self, sequence: InWork) -> None:
-        self.running.remove(sequence)
-        if sequence.row is not None:
+        if sequence in self.running:
+            self.running.remove(sequence)
+            assert sequence.row is not None
             self.cache.give_back(sequence.row)
 
     def _step(self) -> list[Told]:
@@ -203,18 +233,20 @@ class Stepper:
             if not work.sequences:
                 continue
             try:
-                told += self._compute(lane, work)
+                logits = self._compute(lane, work)
+                chosen = choose(logits, [one.chooser for one in work.asking]) if work.asking else ([], [])
             except Exception as error:  # whatever a model or a device may raise ends these requests, not the server
                 log.exception("a step failed; its %d requests are answered with an error", len(work.sequences))
-                for sequence in work.sequences:
-                    if sequence.row is not None:
-                        sequence.row.tokens = []
-                    self._leave(sequence)
-                    told.append((sequence.stream, ServeError(f"the engine failed: {type(error).__name__}")))
+                told += [self._fail(sequence, error) for sequence in work.sequences]
+                continue
+            sound = torch.isfinite(logits.amax(-1)).tolist() if work.asking else []
+            for sequence, token, score, fine in zip(work.asking, *chosen, sound, strict=True):
+                told.append(self._said(sequence, token, score) if fine else self._not_a_number(sequence))
         self._counts["steps"] += 1
         return told
 
-    def _compute(self, lane: Lane, work: Work) -> list[Told]:
+    def _compute(self, lane: Lane, work: Work) -> torch.Tensor:
+        """The logits of the sequences that are to go on, [N, V]."""
         device = self.cache.device
         step = Step(self.cache, [one.row for one in work.answering], work.positions, work.chunks)  # type: ignore[misc]
         mix = work.mix(lane.bank) if lane.bank is not None else None
@@ -223,22 +255,15 @@ class Stepper:
         logits = lane.logits(ids, positions, step, keep_N=keep, mix=mix)
         for sequence, end in work.computed:
             sequence.row.tokens = sequence.tokens[:end]  # type: ignore[union-attr]
-        if not work.asking:
-            return []
-        whole = torch.isfinite(logits.sum(-1)).tolist()
-        tokens, scores = choose(logits, [one.chooser for one in work.asking])
-        told: list[Told] = []
-        for sequence, token, score, fine in zip(work.asking, tokens, scores, whole, strict=True):
-            if not fine:
-                told.append((sequence.stream, ServeError("the version computed NaN; its weights are not usable")))
-                self._scrub(sequence)
-                continue
-            piece = self._say(sequence, token, score)
-            if piece is not None:
-                told.append((sequence.stream, piece))
-        return told
+        return logits
 
-    def _scrub(self, sequence: InWork) -> None:
+    def _fail(self, sequence: InWork, error: Exception) -> Told:
+        if sequence.row is not None:
+            sequence.row.tokens = []
+        self._leave(sequence)
+        return sequence.stream, ServeError(f"the engine failed: {type(error).__name__}")
+
+    def _not_a_number(self, sequence: InWork) -> Told:
         """What is not a number must not stay where another sequence's padding would read it."""
         row = sequence.row
         assert row is not None
@@ -246,9 +271,17 @@ class Stepper:
             slab[row.index].zero_()
         row.tokens = []
         self._leave(sequence)
+        return sequence.stream, ServeError("the version computed NaN; its weights are not usable")
 
-    def _say(self, sequence: InWork, token: int, score: Scored | None) -> Piece | None:
-        """The piece for a new token; None where there is nothing to show yet."""
+    def _said(self, sequence: InWork, token: int, score: Scored | None) -> Told:
+        try:
+            return sequence.stream, self._say(sequence, token, score)
+        except Exception as error:  # a tokenizer may refuse what its model wrote: that is this answer's end, only
+            log.exception("a token could not be said")
+            return self._fail(sequence, error)
+
+    def _say(self, sequence: InWork, token: int, score: Scored | None) -> Piece:
+        """The piece for a new token."""
         self._counts["generated_tokens"] += 1
         chooser = sequence.chooser
         chooser.answer.append(token)
@@ -279,6 +312,11 @@ class Stepper:
                 loop.call_soon_threadsafe(_deliver, mine)
             except RuntimeError:  # the loop was closed, and with it everyone who waited there
                 log.debug("nobody waits any more for %d pieces", len(mine))
+
+
+def _settle(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
 
 
 def _deliver(told: Sequence[Told]) -> None:
@@ -331,7 +369,7 @@ class Work:
                 counts[sequence.slot] = counts.get(sequence.slot, 0) + 1
         if not counts and not self._pieces:
             return None
-        return bank.mixed(counts, self._pieces)
+        return bank.mixed(counts, self._pieces, size=len(self.ids))
 
 
 def _by_slot(sequence: InWork) -> tuple[int, int]:

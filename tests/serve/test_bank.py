@@ -41,7 +41,7 @@ def test_each_token_gets_its_slots_update_and_the_bases_get_none(counts, pieces,
     a, b = torch.randn(SLOTS, RANK, INPUTS), torch.randn(SLOTS, RANK, OUTPUTS)
     x = torch.randn(tokens, INPUTS)
     y = torch.zeros(tokens, 2 * OUTPUTS)[:, :OUTPUTS]  # a joint layer's part is a strided view
-    add(y, x, Mix(counts, pieces, rank=RANK), a, b)
+    add(y, x, Mix(counts, pieces, rank=RANK, size=tokens), a, b)
     torch.testing.assert_close(y, by_hand(x, counts, pieces, a, b))
 
 
@@ -59,7 +59,7 @@ def lora(rank, seed):
 
 
 def answer(made, bank, key, x):
-    bank.mix = bank.mixed({bank.slot(key): len(x)})
+    bank.mix = bank.mixed({bank.slot(key): len(x)}, size=len(x))
     return made.layer(x[None])[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import engine_contract
 import pytest
@@ -10,9 +11,10 @@ import torch
 from engine_contract import GREEDY, Answer, ask, loaded, request
 from engine_world import make_adapter, make_world
 
-from ftray.errors import AdapterError
+from ftray.errors import AdapterError, ModelError, ServeError
 from ftray.serve import native
 from ftray.serve.build import build_engine
+from ftray.serve.text import TextStream
 
 WITH = ["compiled", "torch"]
 
@@ -270,6 +272,104 @@ def test_an_adapter_that_would_change_the_base_at_its_start_leaves_it_alone(engi
         return await ask(engine, None, prompt)
 
     assert runner.run(go()).ids == world.greedy(None, prompt, 10)
+
+
+# versions that go while somebody was using them
+
+
+def test_a_slot_is_given_on_only_when_no_step_uses_it(engine, world, runner):
+    """A client hangs up in the middle of a step, and the version is unloaded for another at that moment."""
+    prompt = world.prompt(101, 40)
+    lane = engine._base
+    compute = lane.logits
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        entered.set()
+        go_on.wait(10)
+        return compute(*args, **options)
+
+    async def hang_up_and_swap():
+        await engine.load(world.key("bee"), world.folders["bee"])
+        lane.logits = slow
+        answer = engine.generate(request(world.key("bee"), prompt, GREEDY))
+        first = asyncio.ensure_future(anext(answer))
+        await asyncio.to_thread(entered.wait)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        unloading = asyncio.ensure_future(engine.unload(world.key("bee")))
+        await asyncio.sleep(0.05)
+        assert not unloading.done()
+        go_on.set()
+        await unloading
+        await engine.load(world.key("fox"), world.folders["fox"])
+        await engine.load(world.key("bee"), world.folders["bee"])
+        answers = await asyncio.gather(*(ask(engine, world.key(name), prompt) for name in ("bee", "fox")))
+        for name in ("bee", "fox"):
+            await engine.unload(world.key(name))
+        return answers
+
+    try:
+        bee, fox = runner.run(hang_up_and_swap())
+    finally:
+        lane.logits = compute
+    assert bee.ids == world.greedy("bee", prompt, 10)
+    assert fox.ids == world.greedy("fox", prompt, 10)
+
+
+def test_an_answer_that_cannot_be_spelled_ends_alone(engine, world, runner, monkeypatch):
+    push = TextStream.push
+    spoilt = []
+
+    def stumble(stream, token):
+        if not spoilt or spoilt[0] is stream:
+            spoilt[:] = [stream]
+            raise ValueError("invalid prefix")
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", stumble)
+    prompts = [world.prompt(111 + number) for number in range(3)]
+
+    async def together():
+        return await asyncio.gather(*(ask(engine, None, one) for one in prompts), return_exceptions=True)
+
+    answers = runner.run(together())
+    failed = [answer for answer in answers if isinstance(answer, ServeError)]
+    assert len(failed) == 1
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if answer not in failed:
+            assert answer.ids == world.greedy(None, prompt, 10)
+    assert engine.stats().alive
+    assert engine.stats().running == 0
+
+
+def test_a_lora_of_the_output_layer_is_held_beside_the_bank(engine, world, runner):
+    folder = make_adapter(world.base, world.root / "head", seed=4, r=4, lora_alpha=8, target_modules=["lm_head"])
+    prompt = world.prompt(121)
+    wanted = alone(folder, world.base, prompt, 8)
+
+    async def go():
+        assert await engine.load("head", folder) == "own"
+        answer = await ask(engine, "head", prompt)
+        await engine.unload("head")
+        return answer
+
+    assert runner.run(go()).ids[:8] == wanted
+
+
+def test_a_base_with_attention_sinks_is_refused_before_anybody_asks(tmp_path, world):
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=len(world.tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    world.tokenizer.save_pretrained(tmp_path)
+    serving = world.serving({"kind": "bank"})
+    model = serving.model.model_copy(update={"base": str(tmp_path)})
+    with pytest.raises(ModelError, match="GptOss"):
+        build_engine(serving.model_copy(update={"model": model}))
 
 
 # arithmetic that is not a number
