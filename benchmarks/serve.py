@@ -63,23 +63,18 @@ Found = dict[report.Asked, dict[str, dict[int, Any]]]
 
 
 def main() -> None:
-    try:
-        run(arguments())
-    except ChildFailed as error:
-        raise SystemExit(str(error)) from None
-
-
-def run(args: argparse.Namespace) -> None:
+    args = arguments()
     began, load = time.monotonic(), os.getloadavg()[0]
+    found: dict[str, Any] = {"failed": {}}
     with tempfile.TemporaryDirectory(prefix="ftray-") as folder:
         bench = Bench(args, Path(folder))
-        found: dict[str, Any] = {"settings": {**vars(args), **bench.made}}
-        if "grid" in args.parts:
-            found |= bench.grid()
-        if "http" in args.parts:
-            found["http"] = bench.http()
-        if "loads" in args.parts:
-            found["loads"] = bench.loads()
+        found["settings"] = {**vars(args), **bench.made}
+        for part in args.parts:
+            try:
+                found[part] = {"grid": bench.grid, "http": bench.http, "loads": bench.loads}[part]()
+            except ChildFailed as error:  # what the other parts found is not lost with it
+                found["failed"][part] = str(error)
+                say(f"{part} failed: {error}")
         found |= {"peers": bench.settings, "skipped": bench.skipped, "seconds": time.monotonic() - began}
         found["load_average"] = [load, os.getloadavg()[0]]
     if args.json:
@@ -87,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         before, after = found["load_average"]
         print(f"\n{found['seconds']:.0f} s in all; load average {before:.1f} before, {after:.1f} at the end")
+    sys.exit(1 if found["failed"] else 0)
 
 
 def arguments() -> argparse.Namespace:
@@ -144,7 +140,7 @@ class Bench:
         say(f"making a model of shape {args.model} and {args.adapters} adapters")
         with self._child("world", HERE / "serve_world.py", args.model) as child:
             self.made = child.ready(START_S)
-            child.ready(START_S)
+            child.ready(START_S)  # the adapters too
 
     def grid(self) -> dict[str, Any]:
         """Every peer, every kind, prompt and concurrency."""

@@ -40,10 +40,10 @@ def test_the_serving_benchmark_runs_and_its_peers_answer_alike():
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
     assert list(told["skipped"]) == ["vllm-plain"]
-    compared = [entry["peers"] for entry in told["cells"] if entry["kind"] != "base"]
+    compared = [entry["peers"] for entry in told["grid"]["cells"] if entry["kind"] != "base"]
     assert [list(peers) for peers in compared] == [["ftray", "peft-mixed"]] * 4
     assert [peers["peft-mixed"]["same_answers"] for peers in compared] == [1.0] * 4
-    assert all(entry["ratio"]["by the clock"] > 0 for entry in told["ratios"])
+    assert all(entry["ratio"]["by the clock"] > 0 for entry in told["grid"]["ratios"])
     assert told["loads"]["alone"]["loads"] == 40
     assert told["loads"]["alone"]["load_ms"]["p50"] > 0
 
