@@ -9,7 +9,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,11 +21,10 @@ from ftray.serve.edge import Edge
 from ftray.serve.error_bodies import code_of, response_to
 from ftray.serve.fleet import Fleet
 from ftray.serve.keys import KeyGuard
+from ftray.serve.local_hosts import LOOPBACK, LocalHosts
 from ftray.serve.metrics import Metrics
 from ftray.serve.schema import ERRORS, describe
 from ftray.serve.server import Server
-
-LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def create_app(*, serving: Serving, fleet: Fleet, catalog: Catalog, tokenizer: Any) -> FastAPI:
@@ -64,8 +62,7 @@ def _middleware(serving: Serving, metrics: Metrics) -> list[Middleware]:
             )
         )
     if not serving.keys and serving.http.host in LOOPBACK:
-        # A page whose name was made to point here would be of our origin, and could promote and read answers.
-        layers.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "*.localhost"]))
+        layers.append(Middleware(LocalHosts))
     return [*layers, Middleware(KeyGuard, keys=serving.keys)]
 
 

@@ -26,8 +26,8 @@ from ftray.serve.lora_files import LoraLayer
 
 Tables = list[tuple[torch.Tensor, torch.Tensor]]
 """A [S, r, I] and B [S, r, O] of each layer."""
-MANY = 48
-"""From so many tokens on, a slot has products of its own."""
+MANY = 112
+"""From so many tokens on, a slot has products of its own: 128 tokens take about as long either way."""
 RANK_STEP = 8
 
 
@@ -84,7 +84,7 @@ class Mix:
         self.tokens: native.Tokens | None = None
         begin = 0
         begins: dict[int, int] = {}
-        self.alone: list[Alone] = [Alone(*piece) for piece in pieces]
+        self.alone: list[Alone] = []
         few: dict[int, int] = {}
         for slot, count in counts.items():
             begins[slot] = begin
@@ -94,10 +94,15 @@ class Mix:
                 few[slot] = count
             begin += count
         self.shared: list[Shared] = []
+        segments = [(slot, begins[slot], begins[slot] + few[slot]) for slot in few]
+        for slot, first, last in pieces:
+            if compiled is not None and last - first < MANY:
+                segments.append((slot, first, last))
+            else:
+                self.alone.append(Alone(slot, first, last))
         if compiled is None:
             self.shared = [_shared(group, few, begins, device) for group in _ranges(sorted(few))]
-        elif few:
-            segments = [(slot, begins[slot], begins[slot] + few[slot]) for slot in few]
+        elif segments:
             self.native = compiled.native
             self.tokens = native.Tokens(segments, ranks=compiled.ranks, widest=compiled.widest)
 

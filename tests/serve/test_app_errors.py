@@ -16,7 +16,7 @@ from app_server import Running, events
 from ftray.errors import AdapterError, Overloaded, ReplicaGone
 
 ASK = [{"role": "user", "content": "two coffees"}]
-HEAD = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 CHAT = {"model": "base", "messages": ASK, "max_tokens": 4}
 
 

@@ -44,7 +44,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/adapters/rollback": {"name": "orders"},
     "/v1/adapters/split": {"name": "orders", "weights": {"v1": 1}},
 }
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 FIELDS = [
     "frequency_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens", "messages", "min_p", "model",
     "n", "presence_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids", "stream", "stream_options",
@@ -182,14 +182,14 @@ def test_headers_of_every_kind(http):
         POST + b"Content-Length: -5\r\n\r\n",
         POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
         POST + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
-        b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nX: \0\r\n\r\n",
+        b"BREW /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: \0\r\n\r\n",
         b"GET /health HTTP/9.9\r\n\r\n",
-        b"GET \xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET \xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"GET http://elsewhere/health HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+        b"GET http://elsewhere/health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
     ],
 )
 def test_what_is_hardly_http(server, raw):

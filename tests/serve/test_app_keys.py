@@ -140,3 +140,15 @@ def test_a_page_elsewhere_may_ask_before_it_has_a_key(locked):
 def test_a_body_is_not_read_before_the_key_is_checked(locked):
     answer = ask(locked, "POST", "/v1/chat/completions", content=b"{" * 3_000_000)
     assert answer.status_code == 401
+
+
+def test_a_server_without_keys_answers_to_this_machines_names_only(server):
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert ask(server, "GET", "/v1/models", headers={"host": host}).status_code == 200
+    for host in ("rebound.example", "localhost.rebound.example:8000", ""):
+        answer = ask(server, "GET", "/v1/models", headers={"host": host})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "unknown_host")
+
+
+def test_a_server_with_keys_answers_to_any_name(locked, secrets):
+    assert ask(locked, "GET", "/v1/models", secrets["reader"][0], headers={"host": "models.example"}).status_code == 200
