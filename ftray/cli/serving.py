@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,12 +56,24 @@ def chat(arguments: argparse.Namespace) -> int:
     if arguments.compare and arguments.name == BASE:
         raise ConfigError("ftray chat", [("--compare", "puts the base beside a version; name one, e.g. coffee-bot")])
     settings = Settings(arguments.system, arguments.temperature, arguments.max_new_tokens, arguments.seed)
-    with asyncio.Runner() as runner:
+    with _errors_only(), asyncio.Runner() as runner:
         speaker = _speaker(runner, arguments)
         try:
             return _talk(runner, speaker, settings, arguments)
         finally:
             runner.run(speaker.close())
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """What goes wrong in a chat is told where the answer would be."""
+    logger = logging.getLogger("ftray")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def file_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -116,7 +129,6 @@ def _speaker(runner: asyncio.Runner, arguments: argparse.Namespace) -> Speaker:
             problem = f"a server has its own settings; {' '.join(arguments.overrides)} is for an engine in this process"
             raise ConfigError("ftray chat --url", [("", problem)])
         return Client(arguments.url, arguments.key or os.environ.get(KEY))
-    logging.getLogger("ftray").setLevel(logging.ERROR)  # what goes wrong is told where the answer would be
     # A chat has the machine to itself; a server's replica takes what Ray reserves for it.
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     from ftray.serve.inprocess import serving_for, start

@@ -73,13 +73,13 @@ def test_a_template_that_refuses_is_the_requests_error(prompts):
     assert told.value.param == "messages"
 
 
-def test_a_base_without_a_template_is_asked_for_completions(tokenizer):
+def test_a_base_without_a_template_gets_the_one_it_is_trained_with(tokenizer):
     import copy
 
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
-    with pytest.raises(RequestError, match="use /v1/completions"):
-        asyncio.run(Prompts(plain).of_messages([{"role": "user", "content": "a"}]))
+    ids = asyncio.run(Prompts(plain).of_messages([{"role": "user", "content": "a"}]))
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "User: a\n\nAssistant:"
 
 
 def test_what_cannot_fit_is_refused_before_it_is_worked_on(prompts):
