@@ -423,8 +423,12 @@ def test_a_deleted_app_finishes_what_it_streams(url, serving, prompts):
 
 
 def test_a_server_that_does_not_come_up_says_why(url, serving, tmp_path):
+    from ray import serve as ray_serve
+
     from ftray.serve.deploy import running
 
+    if serving.name in ray_serve.status().applications:  # a server of that name is refused, broken or not
+        ray_serve.delete(serving.name)
     model = serving.model.model_copy(update={"base": str(tmp_path)})
     broken = serving.model_copy(update={"model": model, "scale": ServeScale(replicas=1)})
     with pytest.raises(ServeError, match=f"does not come up: model.base: {tmp_path} has no"), running(broken):
