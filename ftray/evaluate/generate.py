@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
 from ftray.models.attention import NAME as PACKED_ATTENTION
+from ftray.models.load import cache_shape
 from ftray.models.turns import stop_ids
 
 if TYPE_CHECKING:
@@ -185,10 +186,9 @@ class _Decoder:
     def _rows_that_fit(self, prompt_length: int) -> int:
         """By the cache, and by what one layer holds while it reads the prompts: about 3 x intermediate + 6 x hidden."""
         config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers, heads, head_dim = cache_shape(config)
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        kept = 2 * config.num_hidden_layers * heads * head_dim * (prompt_length + self.max_new_tokens)
+        kept = 2 * layers * heads * head_dim * (prompt_length + self.max_new_tokens)
         passing = (3 * inner + 6 * config.hidden_size) * prompt_length
         width = torch.finfo(self.model.dtype).bits // 8
         if self.device.type == "cuda":

@@ -201,6 +201,13 @@ def quantisation(bits: int, dtype: Any) -> Any:
     )
 
 
+def cache_shape(config: Any) -> tuple[int, int, int]:
+    """(layers, key-value heads, width of a head) of a text configuration: what its keys and values take."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, width
+
+
 def meta_model(config: Any) -> Any:
     """The architecture without weights, on the meta device. ModelError where it is no causal language model."""
     import torch

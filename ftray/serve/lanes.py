@@ -18,7 +18,7 @@ import torch
 
 from ftray.config.schema import Full, Model
 from ftray.errors import AdapterError, FtrayError
-from ftray.models.load import load_base
+from ftray.models.load import cache_shape, load_base
 from ftray.serve import attention
 from ftray.serve.attention import Chunk, Step
 from ftray.serve.bank import Bank, Mix
@@ -130,10 +130,9 @@ class OwnLanes:
             return [(key[0].to(self._device), value[0].to(self._device)) for key, value in pairs]
         config = lane.model.config.get_text_config()
         count = learnt.shape[1]
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers, heads, width = cache_shape(config)
         cache = Cache(
-            layers=config.num_hidden_layers,
+            layers=layers,
             rows=1,
             length=count,
             heads=heads,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ftray.errors import AdapterError, DeadlineExceeded, ReplicaGone, ServeError
+from ftray.models.load import cache_shape
 from ftray.serve.attention import Chunk, Step
 from ftray.serve.bank import Bank, Mix
 from ftray.serve.cache import Cache, Row
@@ -153,9 +154,7 @@ class Stepper:
     def check(self, lane: Lane) -> None:
         """AdapterError when a model of its own does not fit this cache."""
         config = lane.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if (config.num_hidden_layers, heads, width) != (
+        if cache_shape(config) != (
             len(self.cache.keys),
             self.cache.heads,
             self.cache.keys[0].shape[-1],
