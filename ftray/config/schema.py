@@ -17,6 +17,13 @@ NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 GATE_PATTERN = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\s*")
 
 
+def safe_name(value: str) -> str:
+    """For the names that become paths and applications."""
+    if not NAME_PATTERN.fullmatch(value):
+        raise ValueError(f"{value!r} is not a name; use a-z, 0-9 and -, at most 64 characters")
+    return value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", str_strip_whitespace=True, protected_namespaces=(), allow_inf_nan=False
@@ -230,12 +237,7 @@ class Run(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     track: Track = Field(default_factory=Track)
 
-    @field_validator("name")
-    @classmethod
-    def _name_is_safe(cls, value: str) -> str:
-        if not NAME_PATTERN.fullmatch(value):
-            raise ValueError(f"{value!r} is not a name; use a-z, 0-9 and -, at most 64 characters")
-        return value
+    _name_is_safe = field_validator("name")(safe_name)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Run:

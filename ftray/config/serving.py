@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ftray.config.schema import NAME_PATTERN, Auto, Model, Section
+from ftray.config.schema import NAME_PATTERN, Auto, Model, Section, safe_name
 
 Scope = Literal["infer", "admin"]
 REF_PATTERN = re.compile(rf"(?:{NAME_PATTERN.pattern})(?:@(?:{NAME_PATTERN.pattern}))?")
@@ -125,12 +125,7 @@ class Serving(Section):
     keys: list[Key] = Field(default_factory=list, description="who may call; none: everybody who reaches the port")
     scale: ServeScale = Field(default_factory=ServeScale)
 
-    @field_validator("name")
-    @classmethod
-    def _name_is_safe(cls, value: str) -> str:
-        if not NAME_PATTERN.fullmatch(value):
-            raise ValueError(f"{value!r} is not a name; use a-z, 0-9 and -, at most 64 characters")
-        return value
+    _name_is_safe = field_validator("name")(safe_name)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Serving:
