@@ -51,8 +51,8 @@ def fit(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # With the driver: Ray puts an actor that asks for nothing on any node, and with that node the log would end.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    events = ray.remote(num_cpus=0)(Events).options(scheduling_strategy=here).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events = ray.remote(num_cpus=0, max_restarts=-1)(Events).options(scheduling_strategy=here).remote()
     job = Job(
         run=_for_workers(run, storage),
         layout=checked.layout,

@@ -63,8 +63,9 @@ class Follower:
                 rows, asked = ray.get(asked, timeout=20), None
             except GetTimeoutError:  # a busy machine: the same answer is waited for again
                 continue
-            except RayError:  # the actor is gone, and with it the cluster: it lives on the driver's node
-                return
+            except RayError:  # the actor's process died; it starts again without the rows that it held
+                asked = None
+                continue
             if rows:
                 self._deliver([self.folder.append_metrics, partial(self._note_step, now=last)], rows)
                 self.sinks = self._deliver(self.sinks, rows)

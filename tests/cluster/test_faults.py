@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import ray
 
 from ftray.config.load import load_run
 from ftray.errors import StorageError, TrainError
@@ -14,6 +15,7 @@ from ftray.store.checkpoints import Checkpoints
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
+from ftray.train.progress import Events, Follower
 from tests.cluster.conftest import NODE_CPUS, Live, curve, repeated, rows
 
 pytestmark = pytest.mark.ray
@@ -54,6 +56,23 @@ def test_a_killed_node_costs_at_most_one_interval(cluster, run_file, undisturbed
     assert live.rows("started")[1]["node"] != node_id
     assert repeated(live.folder) <= INTERVAL
     same_curve(live.folder, undisturbed)
+
+
+def test_the_log_goes_on_after_the_process_that_passes_it_on_was_killed(cluster, tmp_path):
+    class Told(Events):
+        def pid(self):
+            return os.getpid()
+
+    events = ray.remote(num_cpus=0, max_restarts=-1)(Told).remote()
+    folder = RunFolder(Storage(str(tmp_path)), "log")
+    folder.begin({}, fresh=True)
+    with Follower(events, folder, sinks=[]):
+        os.kill(ray.get(events.pid.remote()), signal.SIGKILL)
+        end = time.monotonic() + 60
+        while not rows(folder, "phase"):
+            events.put.remote({"kind": "phase", "text": "after"})
+            assert time.monotonic() < end
+            time.sleep(0.2)
 
 
 def test_after_a_killed_driver_a_run_resumes_from_its_newest_complete_checkpoint_on_more_workers(
