@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.search import Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ftray.config.sweeping import Pbt
 from ftray.sweep.engine import silence
@@ -80,12 +81,11 @@ def run_population(drive: Drive, records: Sequence[Record], stopping: Pbt) -> No
     """PBT over all trials together; those that find no seat are paused and take turns."""
     deadline = drive._deadline()
     tasks = [drive.planner.task(record, drive.folder, deadline=deadline) for record in records]
-    space = {
-        "task": tune.grid_search(tasks),
-        "lr": tune.sample_from(lambda config: config["task"].job.schedule.lr),
-    }
+    points = [{"task": task, "lr": task.job.schedule.lr} for task in tasks]
+    search = BasicVariantGenerator(points_to_evaluate=points)
+    space = {"task": tune.choice(tasks), "lr": tune.uniform(0, 1)}  # each trial is one of the points
     scheduler = population(drive.sweep, stopping)
-    _fit(drive, scheduler, search=None, samples=1, ends=True, space=space)
+    _fit(drive, scheduler, search=search, samples=len(points), ends=True, space=space)
 
 
 def _fit(drive: Drive, scheduler: Any, *, search: Any, samples: int, ends: bool, space: dict | None = None) -> None:
@@ -112,6 +112,7 @@ def _fit(drive: Drive, scheduler: Any, *, search: Any, samples: int, ends: bool,
             name="tune",
             storage_path=drive.folder.storage.uri(f"{drive.folder.key}/ray"),
             callbacks=[Telling(drive, ends=ends)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=drive.sweep.run.scale.retries),
             verbose=0,
         ),
