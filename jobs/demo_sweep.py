@@ -1,4 +1,4 @@
-"""`make demo-sweep`: the sample task as its run file has it, then twelve trials over rate, rank and epochs under ASHA."""
+"""`make demo-sweep`: the sample task as its run file has it, then twelve trials over rate, rank and epochs."""
 
 from __future__ import annotations
 

@@ -90,9 +90,10 @@ class Task:
 class Seat(tune.Trainable):
     """One process, one trial after the other. A trial that fails is an end like others: the process goes on."""
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, Any], tasks: dict[int, Task] | None = None) -> None:
         from ftray.sweep.solo import Bench
 
+        self.tasks = tasks  # of a population, by number
         self.bench = Bench()
         self.worker: Any = None
         self.spent = 0.0
@@ -160,14 +161,9 @@ class Seat(tune.Trainable):
         self._close()
 
     def _take(self, config: dict[str, Any]) -> None:
-        """Another trial. Its number is in its Tune name too: PBT gives a trial the configuration of another."""
+        """Another trial. In a population its number is in its Tune name: PBT gives it the configuration of another."""
         self._close()
-        task: Task = config["task"]
-        number = int(self.trial_name.rpartition("-")[2]) if self.trial_name else task.number
-        if number != task.number:
-            sweep = SweepFolder(task.storage, task.sweep)
-            mine = replace(task.job, folder=sweep.run(number).name, born=sweep.run(number).state()["born"])
-            task = replace(task, number=number, job=mine)
+        task: Task = self.tasks[int(self.trial_name.rpartition("-")[2])] if self.tasks else config["task"]
         told = reports(task.folder)
         lr = config.get("lr")
         if lr is not None and not task.replays:

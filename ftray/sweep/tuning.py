@@ -13,7 +13,7 @@ from ftray.config.sweeping import Pbt
 from ftray.sweep.engine import silence
 from ftray.sweep.records import Record
 from ftray.sweep.stopping import Rungs, population
-from ftray.sweep.trial import GroupSeat, Seat, Task
+from ftray.sweep.trial import GroupSeat, Seat
 
 if TYPE_CHECKING:
     from ftray.sweep.engine import Drive
@@ -81,14 +81,16 @@ def run_population(drive: Drive, records: Sequence[Record], stopping: Pbt) -> No
     """PBT over all trials together; those that find no seat are paused and take turns."""
     deadline = drive._deadline()
     tasks = [drive.planner.task(record, drive.folder, deadline=deadline) for record in records]
-    points = [{"task": task, "lr": task.job.schedule.lr} for task in tasks]
+    points = [{"number": task.number, "lr": task.job.schedule.lr} for task in tasks]
     search = BasicVariantGenerator(points_to_evaluate=points)
-    space = {"task": tune.choice(tasks), "lr": tune.uniform(0, 1)}  # each trial is one of the points
+    space = {"number": tune.choice([task.number for task in tasks]), "lr": tune.uniform(0, 1)}  # each is a point
     scheduler = population(drive.sweep, stopping)
-    _fit(drive, scheduler, search=search, samples=len(points), ends=True, space=space)
+    _fit(drive, scheduler, search=search, samples=len(points), ends=True, space=space, tasks=tasks)
 
 
-def _fit(drive: Drive, scheduler: Any, *, search: Any, samples: int, ends: bool, space: dict | None = None) -> None:
+def _fit(
+    drive: Drive, scheduler: Any, *, search: Any, samples: int, ends: bool, space: dict | None = None, tasks=()
+) -> None:
     silence()
     planner = drive.planner
     group = planner.workers > 1
@@ -97,8 +99,11 @@ def _fit(drive: Drive, scheduler: Any, *, search: Any, samples: int, ends: bool,
     else:
         bundle = {"CPU": planner.cpus} | ({"GPU": planner.gpus} if planner.gpus else {})
         resources = tune.PlacementGroupFactory([bundle])
+    seat: Any = GroupSeat if group else Seat
+    if tasks:
+        seat = tune.with_parameters(seat, tasks={task.number: task for task in tasks})
     tuner = tune.Tuner(
-        tune.with_resources(GroupSeat if group else Seat, resources),
+        tune.with_resources(seat, resources),
         param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=search,
@@ -125,5 +130,4 @@ def _number(trial: Any) -> int:
     """PBT gives a trial the configuration of another, so its name counts once it has one."""
     if trial.custom_trial_name:
         return int(trial.custom_trial_name.rpartition("-")[2])
-    task: Task = trial.config["task"]
-    return task.number
+    return trial.config["number"] if "number" in trial.config else trial.config["task"].number
