@@ -26,9 +26,8 @@ def page(sweep: Sweep, records: Sequence[Record], *, best: Record, version: str)
     sections = [
         _head(sweep, records, best, version),
         _table(sweep, records, best),
-        _curves(sweep, records, best),
+        _course(sweep, records, best),
         _parallel(sweep, records, best),
-        _importance(sweep, records),
         _costs(sweep, records, best),
         _sweep_file(sweep),
         tag("footer", f"Written by ftray {__version__}. Beside this file: trials.csv, sweep.json and best.yaml."),
@@ -97,18 +96,26 @@ def _table(sweep: Sweep, records: Sequence[Record], best: Record) -> Html:
     )
 
 
+def _course(sweep: Sweep, records: Sequence[Record], best: Record) -> Html | None:
+    """Learning curves, and beside them what mattered."""
+    cards = [_curves(sweep, records, best), _importance(sweep, records)]
+    shown_cards = [tag("div", card, class_="card") for card in cards if card]
+    note = "Held-out rows, at each evaluation. Dashed: stopped before its end."
+    if not shown_cards:
+        return None
+    return join(
+        tag("h2", "Learning curves"), tag("p", note, class_="note"), tag("div", *shown_cards, class_="cells two")
+    )
+
+
 def _curves(sweep: Sweep, records: Sequence[Record], best: Record) -> Html | None:
     series = []
     for record in sorted(records, key=lambda one: one.number == best.number):
         points = [(row["step"], row["scores"].get(sweep.metric, math.nan)) for row in record.reports]
-        style = _style(record, best)
         listed = record.number == best.number
-        series.append(Series("best" if listed else f"trial {record.number}", points, style, listed))
-    chart = line_chart(METRICS[sweep.metric].label, series)
-    if chart is None:
-        return None
-    note = "Held-out rows, at each evaluation. Dashed: stopped before its end."
-    return join(tag("h2", "Learning curves"), tag("p", note, class_="note"), tag("div", chart, class_="card"))
+        name = "best" if listed else f"trial {record.number}"
+        series.append(Series(name, points, _style(record, best), listed))
+    return line_chart(METRICS[sweep.metric].label, series)
 
 
 def _parallel(sweep: Sweep, records: Sequence[Record], best: Record) -> Html:
@@ -122,17 +129,22 @@ def _parallel(sweep: Sweep, records: Sequence[Record], best: Record) -> Html:
 
 
 def _importance(sweep: Sweep, records: Sequence[Record]) -> Html | None:
-    scored = [(record, score) for record in records if (score := record.score(sweep.metric)) is not None]
-    scored = [(record, score) for record, score in scored if math.isfinite(score)]
-    if len(scored) < ENOUGH:
+    """At the last evaluation that every trial reached: scores after more or less training do not compare."""
+    told = [record for record in records if record.reports and record.of is None]
+    if len(told) < ENOUGH:
         return None
+    place = min(len(record.reports) for record in told)
+    scored = [(record, record.reports[place - 1]["scores"].get(sweep.metric, math.nan)) for record in told]
+    scored = [(record, score) for record, score in scored if math.isfinite(score)]
     shares = [
         (column(key), round(100 * importance([r.values.get(key) for r, _ in scored], [s for _, s in scored])))
         for key in sweep.space
     ]
-    note = "Share of the scores' variance, in percent, that a key explains alone; few trials make it rough."
-    chart = bars("Importance", sorted(shares, key=lambda one: -one[1]))
-    return join(tag("h2", "What mattered"), tag("p", note, class_="note"), tag("div", chart, class_="card"))
+    note = (
+        f"Share of the scores' variance, in percent, that each key explains alone at evaluation {place}, which all "
+        f"{len(scored)} reached. Few trials make it rough."
+    )
+    return join(bars("What mattered", sorted(shares, key=lambda one: -one[1])), tag("p", note, class_="note"))
 
 
 def _costs(sweep: Sweep, records: Sequence[Record], best: Record) -> Html | None:
