@@ -8,10 +8,10 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 	$$p -c '$(FITS)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types clean
+.PHONY: help setup demo demo-sweep test test-all lint types clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## a virtual environment with ftray and its dependencies, once
 
@@ -25,6 +25,9 @@ $(INSTALLED): pyproject.toml
 
 demo: setup ## fine-tune the built-in model on generated orders, then serve base and versions and swap them under load
 	@$(BIN)/python jobs/demo.py
+
+demo-sweep: setup ## search learning rate, rank and epochs of the demo's run, and register the best
+	@$(BIN)/python jobs/demo_sweep.py
 
 test: setup ## the tests, those that start Ray last; without the slow ones
 	@$(BIN)/python -m pytest -m 'not slow'

@@ -11,13 +11,15 @@ import pytest
 
 from ftray.cli import main, parser
 from ftray.cli.serving import file_and_overrides
-from ftray.config.load import load_run, load_serving, run_from
+from ftray.config.load import load_run, load_serving, load_sweep, run_from
 from ftray.config.schema import Run
 from ftray.config.serving import Serving
+from ftray.config.sweeping import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SAMPLES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
+SWEEP_SAMPLES = sorted((ROOT / "jobs" / "sweeps").glob("*.yaml"))
 SERVE_SAMPLES = sorted((ROOT / "jobs").glob("*.yaml"))
 # In two pieces, so that this list does not find itself.
 REGISTRY_HOSTS = ["pypi" + ".org", "python" + "hosted", "npm" + "js.", "deb." + "debian", "conda" + ".anaconda"]
@@ -51,6 +53,13 @@ def test_a_sample_of_a_serve_file_parses_and_says_what_it_is_for(path):
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
+@pytest.mark.parametrize("path", SWEEP_SAMPLES, ids=lambda path: path.name)
+def test_a_sample_of_a_sweep_file_parses_and_says_what_it_is_for(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert load_sweep(path).count > 1
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
 def test_there_is_a_sample_for_every_method_and_objective():
     runs = [load_run(path) for path in SAMPLES]
     assert {run.method.kind for run in runs} >= {"full", "freeze", "lora"}
@@ -68,7 +77,7 @@ def test_a_command_in_the_documents_parses(words):
     overrides = getattr(parser.parse(words), "overrides", [])
     if words[0] in ("serve", "chat"):
         load_serving(None, file_and_overrides(overrides)[1])
-    else:
+    elif words[0] != "sweep":
         run_from({"name": "a", "data": {"sources": "a"}}, overrides)
 
 
@@ -81,7 +90,10 @@ def test_the_readme_has_commands():
 def test_a_file_in_the_readme_parses(block, tmp_path):
     path = tmp_path / "file.yaml"
     path.write_text(block, encoding="utf-8")
-    if "\ndata:" in block:  # what a serve file has no use for
+    if "\nspace:" in block:
+        (tmp_path / "run.yaml").write_text("name: a\ndata: {sources: a.jsonl}\n", encoding="utf-8")
+        assert isinstance(load_sweep(path), Sweep)
+    elif "\ndata:" in block:  # what a serve file has no use for
         assert isinstance(load_run(path), Run)
     else:
         assert isinstance(load_serving(path), Serving)

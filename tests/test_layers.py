@@ -25,8 +25,9 @@ ARROWS = {
     "objectives": {"errors", "config", "store", "data", "models"},
     "evaluate": {"errors", "config", "store", "data", "models", "objectives"},
     "train": {"errors", "ray_cluster", "plain_template", "config", "store", "data", "models", "objectives", "evaluate"},
+    "sweep": {"errors", "config", "store", "data", "models", "evaluate", "train"},
     "serve": {"errors", "ray_cluster", "plain_template", "config", "store", "models"},
-    "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "serve"},
+    "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "sweep", "serve"},
 }
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
 

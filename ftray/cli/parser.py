@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ftray import __version__
-from ftray.cli import adapters, runs, serving, training
+from ftray.cli import adapters, runs, serving, sweeping, training
 from ftray.cli.serving import STORAGE
 
 METHODS = ("lora", "qlora", "freeze", "full", "pretrain")
@@ -70,6 +70,7 @@ def build() -> Parser:
     _init(commands)
     _check(commands)
     _train(commands)
+    _sweep(commands)
     _evaluate(commands)
     _runs(commands)
     _adapters(commands)
@@ -124,6 +125,23 @@ def _train(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--fresh", action="store_true", help="start over: delete what an earlier run of this name left"
     )
+    _json(command)
+
+
+def _sweep(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "sweep",
+        sweeping.sweep,
+        "try values of any keys of a run, and register the best",
+        "ftray sweep sweep.yaml\nftray sweep sweep.yaml trials=30 budget.hours=2\nftray sweep sweep.yaml --fresh",
+        "The same command after a crash of anything goes on: trials that ended are kept, the others resume.\n\n"
+        "Any key of the sweep file can be set with a dotted override: trials=30   'search={kind: tpe}'",
+    )
+    command.set_defaults(resumes=True)
+    command.add_argument("file", help="the sweep file")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides")
+    command.add_argument("--fresh", action="store_true", help="start over: delete what an earlier start left")
     _json(command)
 
 

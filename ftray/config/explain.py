@@ -82,6 +82,9 @@ def field_at(root: type[BaseModel], raw: Any, path: Path_) -> FieldInfo | None:
         raw = _step(raw, part)
         if isinstance(part, int):
             continue
+        if found is not None and get_origin(found.annotation) is dict:  # a name that the user chose
+            section = next((m for m in sections_of(found.annotation) if _kind(m) == _step(raw, "kind")), section)
+            continue
         found = section.model_fields.get(part) if section else None
         if found is None:
             return None
@@ -132,7 +135,7 @@ def did_you_mean(word: object, known: Sequence[object]) -> str:
 
 def _explain(root: type[BaseModel], raw: Any, path: Path_, errors: list[Mapping[str, Any]]) -> Iterator[Problem]:
     first, kind = errors[0], str(errors[0]["type"])
-    value = _value_at(raw, path)
+    value = value_at(raw, path)
     if kind == "invalid_key":
         yield path, f"a key is a word, got {_shown(first['input'])}"
     elif kind == "extra_forbidden":
@@ -201,7 +204,7 @@ def _unknown_key(root: type[BaseModel], raw: Any, path: Path_) -> str:
     own = list(section.model_fields) if section else []
     close = did_you_mean(key, own)
     places = list(_places(root))
-    if isinstance(_value_at(raw, path), Mapping) and close:
+    if isinstance(value_at(raw, path), Mapping) and close:
         return f"unknown key; {close}"
     for name, where, of_kind in places:
         if name == key:
@@ -250,7 +253,7 @@ def _section_around(root: type[BaseModel], raw: Any, path: Path_) -> type[BaseMo
         return root
     field = field_at(root, raw, around)
     members = sections_of(field.annotation) if field else []
-    kind = _step(_value_at(raw, around), "kind")
+    kind = _step(value_at(raw, around), "kind")
     return next((m for m in members if _kind(m) == kind), members[0] if members else None)
 
 
@@ -284,7 +287,7 @@ def _step(raw: Any, part: str | int) -> Any:
     return None
 
 
-def _value_at(raw: Any, path: Path_) -> Any:
+def value_at(raw: Any, path: Path_) -> Any:
     for part in path:
         raw = _step(raw, part)
     return raw

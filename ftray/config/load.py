@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from ftray.config import document, explain
 from ftray.config.schema import Run, Section
 from ftray.config.serving import Serving
+from ftray.config.sweeping import Sweep
 from ftray.errors import ConfigError
 
 Path_ = tuple[str | int, ...]
@@ -39,6 +40,50 @@ def load_serving(path: str | os.PathLike[str] | None, overrides: Sequence[str] =
         return _checked(Serving, {}, overrides, source="ftray serve")
     text = _mapping(path, "expected keys such as model: and storage: at the top")
     return _checked(Serving, text.data, overrides, source=os.fspath(path), lines=text)
+
+
+def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
+    """The same for a sweep file. `run:` is keys of a run or its file, seen from the current directory or from the
+    sweep file's folder; `set: {dotted key: value}` changes it. Every corner of the space is built and checked."""
+    from ftray.config import space
+
+    source = os.fspath(path)
+    text = _mapping(path, "expected keys such as name:, run: and space: at the top")
+    data = _overridden(text.data, overrides, source)
+    data["run"] = _inner_run(data, Path(path))
+    data.pop("set", None)
+    sweep = _checked(Sweep, data, (), source=source, lines=text)
+    if problems := space.problems_of(sweep):
+        lines = [_placed(tuple(key.split(".", 1)), told, set(), text) for key, told in problems]
+        raise ConfigError(source, [(key, told) for _, key, told in lines])
+    return sweep
+
+
+def _overridden(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    data = copy.deepcopy(dict(raw))
+    if problems := [problem for override in overrides if (problem := _set(data, override))]:
+        raise ConfigError(source, [(".".join(map(str, key)), told) for key, told in problems])
+    return data
+
+
+def _inner_run(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The run of a sweep file, checked, with every value written out."""
+    run, changes = data.get("run"), data.get("set") or {}
+    if run is None:
+        raise ConfigError(str(path), [("run", "missing; name the run file that is varied, or write its keys")])
+    if not isinstance(changes, dict):
+        raise ConfigError(str(path), [("set", "expected dotted keys and values, e.g. {optim.batch_size: 32}")])
+    where, folder, lines, raw = f"{path}, run", path.parent, None, run
+    if isinstance(run, str):
+        where = _beside(run, path.parent)
+        lines = _mapping(where, "expected keys such as name: and data: at the top; see `ftray init`")
+        folder, raw = Path(where).parent, lines.data
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), [("run", "expected a run file, or its keys")])
+    raw = copy.deepcopy(raw)
+    if wrong := [found for key, value in changes.items() if (found := put(raw, tuple(key.split(".")), value))]:
+        raise ConfigError(str(path), [(f"set.{'.'.join(map(str, key))}", told) for key, told in wrong])
+    return run_from(raw, source=where, lines=lines, folder=folder).model_dump(mode="json")
 
 
 def run_from(
@@ -140,6 +185,11 @@ def _set(data: dict[str, Any], override: str) -> tuple[Path_, str] | None:
         value = document.scalar(text)
     except yaml.YAMLError:
         return path, f"cannot read {text!r}; quote the override in the shell, e.g. 'method.targets=[q_proj, v_proj]'"
+    return put(data, path, value)
+
+
+def put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[Path_, str] | None:
+    """Sets one key in place, sections made where they are absent. Returns a problem where there is no such place."""
     around: Any = data
     for depth, part in enumerate(path):
         last = depth == len(path) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftray.evaluate.markup import Html, join, tag
 
@@ -19,11 +19,12 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A named curve; `style` is a CSS class of the page (train, eval)."""
+    """A named curve; `style` is a CSS class of the page (train, eval, rest). `listed`: it stands in the legend."""
 
     name: str
     points: Sequence[Point]
     style: str
+    listed: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def line_chart(
     `smooth` draws a long training curve faint, with its running mean over it. `reference` is a named dashed level;
     `marks` are (step, text) of events. Long series are thinned by means.
     """
-    series = [Series(one.name, _thinned(_finite(one.points)), one.style) for one in series]
+    series = [replace(one, points=_thinned(_finite(one.points))) for one in series]
     series = [one for one in series if one.points]
     if not series:
         return None
@@ -231,6 +232,7 @@ def _legend(series: Sequence[Series]) -> list[Html]:
     return [
         tag("span", one.name if named else "last", " ", tag("b", short(one.points[-1][1])), class_=f"key {one.style}")
         for one in series
+        if one.listed
     ]
 
 

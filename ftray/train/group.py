@@ -54,7 +54,7 @@ def fit(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events = ray.remote(num_cpus=0, max_restarts=-1)(Events).options(scheduling_strategy=here).remote()
     job = Job(
-        run=_for_workers(run, storage),
+        run=for_workers(run, storage),
         layout=checked.layout,
         schedule=checked.schedule,
         data_key=known.data.key,
@@ -99,7 +99,7 @@ def fit(
     storage.remove(f"{folder.key}/ray")
 
 
-def _for_workers(run: Run, storage: Storage) -> dict[str, Any]:
+def for_workers(run: Run, storage: Storage) -> dict[str, Any]:
     """The run with whole paths: workers do not start in the driver's folder."""
     values = run.model_dump(mode="json")
     values["storage"] = storage.root

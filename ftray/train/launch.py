@@ -95,7 +95,7 @@ def check(run: Run) -> CheckResult:
             cluster.check_storage(storage)
         else:
             nodes = cluster.this_machine()
-        return _resolve(run, known, nodes)
+        return work_out(run, known, nodes)
 
 
 def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
@@ -110,10 +110,10 @@ def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
                 "now; name the base, or the revision, that it was tuned on"
             )
         run = load.run_from({**run.model_dump(mode="json"), "method": version.card["method"]}, source=version.id)
-        ray_ready = _connecting(run.scale.address)
+        ray_ready = connecting(run.scale.address)
         known = Known.of(run, storage, ray_ready=ray_ready)
         ray_ready()
-        checked = _resolve(run, known, cluster.nodes())
+        checked = work_out(run, known, cluster.nodes())
         cluster.check_storage(storage)
         folder = RunFolder(storage, f"{run.name}.evaluation")  # no run's name has a dot
         with folder.lease() as lease:
@@ -134,10 +134,10 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
         if not fresh and (finished := _finished(run, folder, began)):
             say(f"Run {run.name} is finished; `--fresh` starts it over.")
             return finished
-        ray_ready = _connecting(run.scale.address)
+        ray_ready = connecting(run.scale.address)
         known = Known.of(run, storage, ray_ready=ray_ready)
         ray_ready()
-        checked = _resolve(run, known, cluster.nodes())
+        checked = work_out(run, known, cluster.nodes())
         cluster.check_storage(storage)
         say("\n".join(checked.lines()))
         if not checked.ok:
@@ -172,7 +172,8 @@ def _failure_noted(folder: RunFolder, lease: Lease) -> Iterator[None]:
         raise
 
 
-def _resolve(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
+def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
+    """The run on these nodes, with every `auto` resolved."""
     layout = resolve.lay_out(run, nodes=nodes, shape=known.shape, packs=known.packs)
     lr = default_lr(run.method, known.shape.parameters) if run.optim.lr == "auto" else run.optim.lr
     store = known.data.train
@@ -255,7 +256,7 @@ def _storage(run: Run) -> Storage:
     return storage
 
 
-def _connecting(address: str | None) -> Callable[[], None]:
+def connecting(address: str | None) -> Callable[[], None]:
     """Connect to Ray in a thread, while data is prepared; the returned function waits for it and raises its error."""
     problems: list[FtrayError] = []
     connected = threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -21,10 +22,15 @@ from ftray.store.versions import Version
 PACKAGES = ("ftray", "torch", "transformers", "peft", "deepspeed", "ray")
 
 
-def conclude(run: Run, storage: Storage, folder: RunFolder, *, known, checked) -> tuple[str, str, dict[str, Any]]:
-    """Publish the version and write its report; (version id, report's place, comparison). Safe to repeat."""
+def conclude(
+    run: Run, storage: Storage, folder: RunFolder, *, known, checked, lineage: Mapping[str, Any] | None = None
+) -> tuple[str, str, dict[str, Any]]:
+    """Publish the version and write its report; (version id, report's place, comparison). Safe to repeat.
+
+    `lineage`: more for the card, e.g. the sweep that found it.
+    """
     comparison = _comparison(run, storage, folder)
-    card = _card(run, known, checked, comparison)
+    card = {**_card(run, known, checked, comparison), **(lineage or {})}
     key = f"{folder.state()['born']}:{checked.schedule.steps}"
     with tempfile.TemporaryDirectory(prefix="ftray-publish-") as temp:
         files = storage.download(f"{folder.key}/output", Path(temp))

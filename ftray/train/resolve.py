@@ -25,24 +25,24 @@ def place(scale: Scale, nodes: Sequence[Node]) -> tuple[float, float]:
     cpus = scale.cpus_per_worker
     candidates = [cpus] if cpus != "auto" else [float(c) for c in range(16, 0, -1)]
     for candidate in candidates:
-        if _seats(nodes, gpus, candidate) >= scale.workers:
+        if seats(nodes, gpus, candidate) >= scale.workers:
             return gpus, candidate
     raise ClusterError(_too_many(scale, nodes, gpus=gpus, cpus=candidates[-1]))
 
 
-def _seats(nodes: Sequence[Node], gpus: float, cpus: float) -> int:
+def seats(nodes: Sequence[Node], gpus: float, cpus: float) -> int:
     return sum(int(min(n.cpus / cpus + 1e-9, (n.gpus / gpus + 1e-9) if gpus else n.cpus / cpus + 1e-9)) for n in nodes)
 
 
 def _too_many(scale: Scale, nodes: Sequence[Node], *, gpus: float, cpus: float) -> str:
-    seats = _seats(nodes, gpus, cpus)
+    room = seats(nodes, gpus, cpus)
     need = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
     have = ", ".join(f"{n.name}: {n.cpus:g} CPU" + (f" {n.gpus:g} GPU" if n.gpus else "") for n in nodes) or "no nodes"
-    way_out = f"set scale.workers: {seats}" if seats else "add nodes"
-    smaller = ", or a smaller cpus_per_worker" if seats < scale.workers and not gpus else ", or add nodes"
+    way_out = f"set scale.workers: {room}" if room else "add nodes"
+    smaller = ", or a smaller cpus_per_worker" if room < scale.workers and not gpus else ", or add nodes"
     return (
-        f"scale.workers: {scale.workers} workers with {need} each, and the cluster has room for {seats} ({have}); "
-        f"{way_out}{smaller if seats else ''}"
+        f"scale.workers: {scale.workers} workers with {need} each, and the cluster has room for {room} ({have}); "
+        f"{way_out}{smaller if room else ''}"
     )
 
 

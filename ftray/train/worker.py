@@ -48,7 +48,7 @@ def train_loop(job: Job) -> None:
     if folder.verdict():
         return  # a worker met it alone, and the group was restarted to end together
     try:
-        worker = _Worker(job, run, folder, started)
+        worker = Worker(job, run, folder, started)
         if job.version_key is None:
             worker.train()
         else:
@@ -58,13 +58,13 @@ def train_loop(job: Job) -> None:
         folder.set_verdict(type(error).__name__, str(error))
 
 
-class _Worker:
+class Worker:
+    """One process of a run. `sweep` makes another of it, which keeps the base and the data between trials."""
+
     def __init__(self, job: Job, run: Run, folder, started: float):
-        import ray.train.torch
         import torch
         import torch.distributed as dist
 
-        from ftray.data.prepare import open_prepared
         from ftray.store.checkpoints import Checkpoints
         from ftray.train.deepspeed import init_distributed
         from ftray.train.keeper import Keeper
@@ -76,8 +76,8 @@ class _Worker:
             torch.set_num_threads(max(1, int(self.layout.cpus_per_worker)))
         init_distributed(self.layout.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device = ray.train.torch.get_device() if self.layout.device == "cuda" else torch.device("cpu")
-        self.data = open_prepared(storage, job.data_key, Path(tempfile.gettempdir(), "ftray-data"))
+        self.device = self._device() if self.layout.device == "cuda" else torch.device("cpu")
+        self.data = self._data()
         self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
         if (halved := self._kept("micro.json")) is not None:
             self.layout = replace(self.layout, micro_batch_size=min(halved, self.layout.micro_batch_size))
@@ -108,13 +108,45 @@ class _Worker:
             self._read_back(version_key)
             self._keep("after.json", self.meter.full())
 
+    # what a process may share between the runs it trains
+
+    def _device(self):
+        import ray.train.torch
+
+        return ray.train.torch.get_device()
+
+    def _node(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+    def _data(self):
+        from ftray.data.prepare import open_prepared
+
+        return open_prepared(self.storage, self.job.data_key, Path(tempfile.gettempdir(), "ftray-data"))
+
+    def _base(self):
+        """The base's weights and tokenizer; ModelError where they are not those that the driver saw."""
+        from ftray.models.load import fingerprint, load_base, load_tokenizer
+
+        run, layout = self.run, self.layout
+        if (found := fingerprint(run.model)) != self.job.base:
+            raise ModelError(
+                f"model.base: {run.model.base} is another model on {socket.gethostname()} ({found[:19]}) than where "
+                f"the run was started ({self.job.base[:19]}); copy it there, or name a folder that every node mounts"
+            )
+        tokenizer = load_tokenizer(run.model)
+        model = load_base(
+            run.model, method=run.method, dtype=self.dtype, attention=layout.attention, zero3=layout.zero == 3
+        )
+        return model, tokenizer
+
     # building
 
     def _build(self) -> None:
         import torch
 
         from ftray.models.adapt import adapt, trainable
-        from ftray.models.load import fingerprint, load_base, load_tokenizer
         from ftray.plain_template import plain_template
         from ftray.train.deepspeed import build_engine, deepspeed_config
         from ftray.train.measure import Meter
@@ -130,17 +162,9 @@ class _Worker:
             from transformers.integrations import HfDeepSpeedConfig
 
             self._zero3 = HfDeepSpeedConfig(deepspeed_config(layout=layout, optim=run.optim, dtype=self.dtype))
-        if (found := fingerprint(run.model)) != self.job.base:
-            raise ModelError(
-                f"model.base: {run.model.base} is another model on {socket.gethostname()} ({found[:19]}) than where "
-                f"the run was started ({self.job.base[:19]}); copy it there, or name a folder that every node mounts"
-            )
-        self.tokenizer = load_tokenizer(run.model)
+        model, self.tokenizer = self._base()
         if not self.tokenizer.chat_template:
             self.tokenizer.chat_template = plain_template(self.tokenizer)
-        model = load_base(
-            run.model, method=run.method, dtype=self.dtype, attention=layout.attention, zero3=layout.zero == 3
-        )
         if layout.zero != 3 and not getattr(run.method, "bits", None):
             model.to(self.device)
         model = adapt(model, run.method, seed=run.seed, fp32=layout.zero == 0)
@@ -162,7 +186,7 @@ class _Worker:
             layout=layout,
             max_length=run.data.max_length,
             computing=self._computing,
-            beat=self.watchdog.beat,
+            beat=lambda: self.watchdog.beat(),
         )
 
     def _computing(self) -> contextlib.AbstractContextManager:
@@ -175,8 +199,6 @@ class _Worker:
 
     def _resume(self) -> int:
         """Continue from the newest complete checkpoint; its step, or 0."""
-        import ray
-
         from ftray.train import state
 
         found = self.keeper.newest()
@@ -193,7 +215,7 @@ class _Worker:
                 "resumed": found is not None,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "node": ray.get_runtime_context().get_node_id(),
+                "node": self._node(),
                 "at": time.time(),
             }
         )
@@ -304,12 +326,18 @@ class _Worker:
 
     def _hand_over(self) -> None:
         """Write the version's files, read them back into the model, score what was read, and leave both in storage."""
+        self.log({"kind": "phase", "text": "writing and scoring the tuned version"})
+        self._read_back(self._write_output())
+        self._keep("after.json", self.meter.full())
+        self._report({"step": self.schedule.steps, "done": True})
+
+    def _write_output(self) -> str:
+        """The version's files into storage; their key."""
         import torch.distributed as dist
 
         from ftray.models.save import save_version
         from ftray.train import state
 
-        self.log({"kind": "phase", "text": "writing and scoring the tuned version"})
         values = {}
         for name, tensor in state.gather(self.engine, self.named, moments=False):
             if self.rank == 0:
@@ -322,9 +350,7 @@ class _Worker:
                 self.storage.upload(Path(folder), output)
         self.watchdog.beat()
         dist.barrier()
-        self._read_back(output)
-        self._keep("after.json", self.meter.full())
-        self._report({"step": self.schedule.steps, "done": True})
+        return output
 
     def _read_back(self, key: str) -> None:
         """The files of a version into the live model: what is scored is what was written."""

@@ -1,0 +1,226 @@
+"""Where trials go and what each is told: everything about a sweep that is known before its first trial starts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ftray.config.schema import Run
+from ftray.config.space import Values, ends, fixed, run_of, values_of
+from ftray.config.sweeping import Sweep
+from ftray.data.order import epoch_rows
+from ftray.errors import ConfigError, ModelError
+from ftray.evaluate.compare import METRICS
+from ftray.store.paths import Storage
+from ftray.sweep.records import Record, SweepFolder
+from ftray.sweep.solo import LOSSES
+from ftray.sweep.trial import Task
+from ftray.train import memory, resolve
+from ftray.train.group import for_workers
+from ftray.train.known import Known
+from ftray.train.launch import CheckResult, work_out
+from ftray.train.layout import Node
+from ftray.train.worker import Job
+
+SHAPING = ("model", "data", "objective")  # what decides about tokens, beside the seed
+CHECKED = 64  # corners of the space that are laid out before anything starts
+LABELLED = ("accuracy", "precision", "recall", "f1")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial worked out. `steps_per_epoch` is not whole."""
+
+    run: Run
+    known: Known
+    checked: CheckResult
+    steps_per_epoch: float
+
+    @property
+    def parameters(self) -> int:
+        return memory.learning(self.known.shape, self.run.method).params
+
+    @property
+    def epochs(self) -> float:
+        return self.checked.schedule.steps / self.steps_per_epoch
+
+
+@dataclass
+class Planner:
+    sweep: Sweep
+    storage: Storage
+    nodes: Sequence[Node]
+    _known: dict[str, Known] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        workers = self.workers
+        gpus, cpus = resolve.place(self.sweep.run.scale.model_copy(update={"workers": workers}), self.nodes)
+        seats = resolve.seats(self.nodes, gpus, cpus if self._fixed_cpus else 1.0)
+        self.parallel = max(1, min(self.sweep.parallel or seats, seats // workers, self.sweep.count))
+        all_at_once = self.sweep.run.scale.model_copy(update={"workers": workers * self.parallel})
+        self.gpus, self.cpus = resolve.place(all_at_once, self.nodes)
+
+    @property
+    def workers(self) -> int:
+        """Of the largest trial."""
+        one = self.sweep.space.get("scale.workers")
+        return max([int(end) for end in ends(one)] if one else [self.sweep.run.scale.workers])
+
+    @property
+    def _fixed_cpus(self) -> bool:
+        return self.sweep.run.scale.cpus_per_worker != "auto"
+
+    def remember(self, run: Run, known: Known) -> None:
+        self._known[_shaping(run)] = known
+
+    def plan(self, values: Values, *, seed: int | None = None) -> Planned:
+        """A trial's run laid out. The data stay those of the sweep's own seed, so that all are scored on the same."""
+        run = run_of(self.sweep, values)
+        known = self._known.get(_shaping(run))
+        if known is None:
+            known = Known.of(run, self.storage)
+            self.remember(run, known)
+        if seed is not None:
+            run = run.model_copy(update={"seed": seed})
+        scale = run.scale.model_copy(update={"gpus_per_worker": self.gpus, "cpus_per_worker": self.cpus})
+        run = run.model_copy(update={"scale": scale})
+        rows = epoch_rows(known.data.train, [source.weight for source in run.data.sources])
+        per_epoch = rows / run.optim.batch_size
+        return Planned(run, known, work_out(run, known, list(self.nodes)), per_epoch)
+
+    def check(self) -> None:
+        """Lay out the corners of the space. ConfigError with every value that the base or the budget does not allow."""
+        from ftray.models import adapt, load
+
+        problems: dict[str, str] = {}
+        times: list[float] = []
+        for values in corners(self.sweep):
+            try:
+                adapt.check_method(
+                    load.load_config(run_of(self.sweep, values).model), run_of(self.sweep, values).method
+                )
+                planned = self.plan(values)
+            except ModelError as error:
+                key, _, text = str(error).partition(": ")
+                where = next((one for one in values if key.startswith(one)), next(iter(values), "run"))
+                problems.setdefault(f"space.{where}", f"with {values}: {text or key}")
+                continue
+            if planned.checked.plan.seconds:
+                times.append(planned.checked.plan.seconds)
+        problems |= self._budget_problems(min(times, default=0.0))
+        if problems:
+            raise ConfigError(self.sweep.name, list(problems.items()))
+
+    def _budget_problems(self, shortest: float) -> dict[str, str]:
+        budget, found = self.sweep.budget, {}
+        gpu_hours = self.gpus * self.workers * shortest / 3600
+        if budget.hours and budget.hours * 3600 < shortest:
+            found["budget.hours"] = (
+                f"{budget.hours * 3600:.0f} s is less than one trial, about {shortest:.0f} s at the least; "
+                f"allow {2 * self.sweep.count * shortest / self.parallel / 3600:.2g}, or search fewer epochs"
+            )
+        if budget.gpu_hours and not self.gpus:
+            found["budget.gpu_hours"] = "trials hold no GPUs here; use budget.hours"
+        elif budget.gpu_hours and budget.gpu_hours < gpu_hours:
+            found["budget.gpu_hours"] = f"less than one trial, which needs about {gpu_hours:.2g}"
+        return found
+
+    def record(self, number: int, values: Values, *, seed: int | None = None, of: int | None = None) -> Record:
+        planned = self.plan(values, seed=seed)
+        return Record(number, dict(values), planned.run.seed, of, planned.parameters, planned.epochs)
+
+    def task(self, record: Record, folder: SweepFolder, *, deadline: float | None = None, judge: bool = False) -> Task:
+        planned = self.plan(record.values, seed=record.seed)
+        sweep, run = self.sweep, planned.run
+        every = max(1, round(sweep.every * planned.steps_per_epoch))
+        if not judge:
+            run = _trimmed(run, sweep.metric)
+        evaluated = every if self.workers > 1 and not judge else 0
+        schedule = replace(planned.checked.schedule, checkpoint_every=every, eval_every=evaluated)
+        trial = folder.run(record.number)
+        if trial.resolved() is None:
+            settings = planned.checked.settings
+            trial.begin({"run": planned.run.model_dump(mode="json"), "settings": settings}, fresh=False)
+            trial.set_state(status="training", total_steps=schedule.steps)
+        trial.clear_verdict()
+        job = Job(
+            run=for_workers(run, self.storage),
+            layout=planned.checked.layout,
+            schedule=schedule,
+            data_key=planned.known.data.key,
+            base=planned.known.base,
+            born=trial.state()["born"],
+            folder=trial.name,
+        )
+        return Task(
+            sweep=folder.name,
+            number=record.number,
+            job=job,
+            every=every,
+            steps_per_epoch=planned.steps_per_epoch,
+            metric=sweep.metric,
+            sign=sign_of(sweep.metric),
+            searching=record.of is None and not judge,
+            deadline=None if judge or record.of is not None else deadline,
+            judge=judge,
+            replays=sweep.stopping.kind != "pbt",
+        )
+
+
+def check_metric(sweep: Sweep) -> None:
+    """ConfigError unless every trial will report the sweep's metric."""
+    import difflib
+
+    metric, evaluate = sweep.metric, sweep.run.evaluate
+    problem = None
+    if metric == "forgetting":
+        problem = "it compares with the base; use general_loss, which has the same order"
+    elif metric not in METRICS:
+        near = difflib.get_close_matches(metric, METRICS, n=1)
+        problem = f"no metric {metric!r}; " + (
+            f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}"
+        )
+    elif metric in LABELLED and not evaluate.labels:
+        problem = f"no trial reports {metric} without evaluate.labels; set them, or use exact_match"
+    elif metric not in (*LOSSES, "general_loss") and not evaluate.generate_rows:
+        problem = f"no trial reports {metric} with evaluate.generate_rows: 0; set it, or use loss"
+    elif metric == "general_loss" and not evaluate.forgetting:
+        problem = "no trial reports general_loss with evaluate.forgetting: false"
+    elif metric not in LOSSES and sweep.run.scale.workers > 1 and sweep.stopping.kind != "none":
+        problem = (
+            f"trials of several workers report loss on the way and {metric} at their end; use loss, or no stopping"
+        )
+    if problem:
+        raise ConfigError(sweep.name, [("metric", problem)])
+
+
+def sign_of(metric: str) -> int:
+    return 1 if METRICS[metric].best == "low" else -1
+
+
+def corners(sweep: Sweep) -> list[Values]:
+    """The values of the space's corners, at most CHECKED, evenly over them."""
+    every = [ends(one) for one in sweep.space.values()]
+    found = []
+    for combination in itertools.islice(itertools.product(*every), 4096):
+        chosen = dict(zip(sweep.space, combination, strict=True))
+        values = values_of(sweep, fixed(chosen))
+        if values not in found:
+            found.append(values)
+    return found[:: max(1, len(found) // CHECKED)]
+
+
+def _trimmed(run: Run, metric: str) -> Run:
+    """What a trial measures is what the sweep compares; the best is judged in full at the end."""
+    answers = metric not in (*LOSSES, "general_loss")
+    changes: dict[str, Any] = {"generate_rows": run.evaluate.generate_rows if answers else 0}
+    if metric != "general_loss":
+        changes["forgetting"] = False
+    return run.model_copy(update={"evaluate": run.evaluate.model_copy(update=changes)})
+
+
+def _shaping(run: Run) -> str:
+    return json.dumps([getattr(run, name).model_dump(mode="json") for name in SHAPING], sort_keys=True)

@@ -1,0 +1,182 @@
+"""A trial of one worker, trained step by step in a process that has trained others before it.
+
+The process keeps what every trial needs and none may change: the process group, the base's weights, the prepared data.
+A trial gets its own modules over them, its own optimiser and engine, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ftray.config.schema import Lora, Run
+from ftray.store.paths import Storage
+from ftray.store.runs import RunFolder
+from ftray.train.track import open_trackers
+from ftray.train.worker import Job, Worker
+
+LOSSES = ("loss", "perplexity", "token_accuracy")  # what needs no generated answers
+
+
+@dataclass
+class Bench:
+    """What a process keeps between trials."""
+
+    bases: dict[str, Any] = field(default_factory=dict)
+    tokenizers: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def prepare(self, device: str) -> None:
+        """A process group of this process alone, once."""
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            return
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=0, world_size=1)
+
+
+class Solo(Worker):
+    """The worker of one trial: `begin`, `advance` to the step of each report, `finish`; and `close`, whatever comes."""
+
+    def __init__(self, job: Job, run: Run, folder: RunFolder, bench: Bench, *, metric: str):
+        bench.prepare(job.layout.device)
+        self.bench, self.metric = bench, metric
+        self.rows: list[dict[str, Any]] = []
+        self.stack = contextlib.ExitStack()
+        super().__init__(job, run, folder, time.monotonic())
+
+    def begin(self) -> None:
+        with self._watched() as self.watchdog:
+            self._build()
+            self.at = self._resume()
+        named = self.run.model_copy(update={"name": self.folder.name.replace(".", "-")})
+        self.sinks = open_trackers(named, self.storage, self.folder.key, self.stack, first=self.at)
+
+    def advance(self, step: int) -> None:
+        """Train until `step` updates are done."""
+        with self._watched() as self.watchdog:
+            while self.at < step:
+                self._step(self.at)
+                self.at += 1
+            if self.keeper.waiting:
+                self.keeper.finish()
+
+    def measure(self) -> dict[str, float]:
+        """The scores of the held-out rows that the sweep's metric needs, by name."""
+        from ftray.evaluate.compare import Scores
+        from ftray.evaluate.suites import LossSum
+
+        with self._watched() as self.watchdog:
+            if self.metric in LOSSES:
+                total = sum(self.meter.losses().values(), LossSum())
+                scores = Scores(loss=total.loss, token_accuracy=total.token_accuracy)
+            else:
+                scores = self.meter.full().scores
+        found = scores.values()
+        self.log({"kind": "eval", "step": self.at, **found})
+        return found
+
+    def finish(self) -> dict[str, float]:
+        """Write the version's files, read them back, and score what was read."""
+        with self._watched() as self.watchdog:
+            output = self._write_output()
+            self._read_back(output)
+        return self.measure()
+
+    def flush(self, *more: dict[str, Any]) -> None:
+        """Rows to storage and to the trackers. A tracker that fails must not end a trial."""
+        rows, self.rows = [*self.rows, *more], []
+        self.folder.append_metrics(rows)
+        for sink in list(self.sinks):
+            try:
+                sink(rows)
+            except Exception:  # trackers' servers fail in ways of their own
+                self.sinks.remove(sink)
+
+    def close(self) -> None:
+        """Give back what the trial held."""
+        self.stack.close()
+        engine = getattr(self, "engine", None)
+        if engine is not None:
+            engine.destroy()
+        for name in ("engine", "model", "named", "meter", "keeper"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    # what is shared
+
+    def _device(self):
+        import torch
+
+        return torch.device("cuda")
+
+    def _node(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+    def _data(self):
+        found = self.bench.data.get(self.job.data_key)
+        if found is None:
+            found = self.bench.data[self.job.data_key] = super()._data()
+        return found
+
+    def _base(self):
+        """The base as it was loaded: frozen weights are shared between trials, weights that change are copied."""
+        if self.layout.zero == 3 or getattr(self.run.method, "bits", None):
+            return super()._base()  # DeepSpeed and bitsandbytes change the weights' own tensors
+        model, layout = self.run.model.model_dump(), self.layout
+        key = json.dumps([model, layout.dtype, layout.attention], sort_keys=True)
+        if key not in self.bench.bases:
+            self.bench.bases.clear()  # one base at a time: two may not fit
+            self.bench.bases[key] = super()._base()
+        base, tokenizer = self.bench.bases[key]
+        return copy.deepcopy(base, _shared(base) if _leaves_base_alone(self.run.method) else {}), tokenizer
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        """Ray Train has no part in this."""
+
+
+def open_trial(job: Job, bench: Bench, *, metric: str) -> Solo:
+    """The trial's worker; its run is taken from the job."""
+    run = Run.model_validate(job.run)
+    folder = RunFolder(Storage(run.storage), job.folder)
+    return Solo(job, run, folder, bench, metric=metric)
+
+
+def judge(job: Job, bench: Bench, *, version_key: str) -> None:
+    """Score the base and a version's files, as `ftray evaluate` does, and leave both in the run's folder."""
+    worker = open_trial(replace(job, version_key=version_key), bench, metric="loss")
+    worker.sinks = []
+    try:
+        worker.evaluate(version_key)
+    finally:
+        worker.close()
+
+
+def _leaves_base_alone(method: Any) -> bool:
+    """LoRA learns beside the base's weights; PiSSA takes its start out of them."""
+    return isinstance(method, Lora) and method.init != "pissa"
+
+
+def _shared(model: Any) -> dict[int, Any]:
+    """A memo for deepcopy that keeps every weight: new modules over the same tensors."""
+    return {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
