@@ -72,7 +72,7 @@ def trained(section, method):
             size = {"adalora": 0.2, "vera": 0.5}.get(method.kind, 0.05)
             parameter += size * torch.randn(parameter.shape, generator=generator)
             if "lora_E" in name:
-                parameter[: number % 3] = 0
+                parameter[: number // 3 % 3] = 0
                 if "layers.1.self_attn.q_proj" in name:
                     parameter.zero_()
     return model.eval()
