@@ -310,7 +310,7 @@ def virtual_problems(model: Any, method: Prefix | Prompt | PTuning) -> Iterable[
 
 
 KINDS: dict[str, Kind] = {
-    "adalora": Kind(ada_lora_config, ada_lora_problems, "adapter", 2e-3),
+    "adalora": Kind(ada_lora_config, ada_lora_problems, "adapter", 5e-3),
     "loha": Kind(lo_ha_config, linear_only_problems, "merge", 2e-3),
     "lokr": Kind(lo_kr_config, linear_only_problems, "merge", 2e-3),
     "ia3": Kind(ia3_config, ia3_problems, "merge", 1e-2),
