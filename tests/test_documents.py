@@ -11,7 +11,9 @@ import pytest
 
 from ftray.cli import main, parser
 from ftray.cli.serving import file_and_overrides
+from ftray.config.explain import sections_of
 from ftray.config.load import load_run, load_serving, load_sweep, run_from
+from ftray.config.methods import Method
 from ftray.config.schema import Run
 from ftray.config.serving import Serving
 from ftray.config.sweeping import Sweep
@@ -21,6 +23,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 SAMPLES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
 SWEEP_SAMPLES = sorted((ROOT / "jobs" / "sweeps").glob("*.yaml"))
 SERVE_SAMPLES = sorted((ROOT / "jobs").glob("*.yaml"))
+METHODS = sections_of(Method)
 # In two pieces, so that this list does not find itself.
 REGISTRY_HOSTS = ["pypi" + ".org", "python" + "hosted", "npm" + "js.", "deb." + "debian", "conda" + ".anaconda"]
 
@@ -62,10 +65,15 @@ def test_a_sample_of_a_sweep_file_parses_and_says_what_it_is_for(path, monkeypat
 
 def test_there_is_a_sample_for_every_method_and_objective():
     runs = [load_run(path) for path in SAMPLES]
-    assert {run.method.kind for run in runs} >= {"full", "freeze", "lora"}
+    assert {run.method.kind for run in runs} == {section.model_fields["kind"].default for section in METHODS}
     assert any(run.method.kind == "lora" and run.method.bits == 4 for run in runs)
     assert {run.objective.kind for run in runs} == {"sft", "pretrain"}
     assert len({run.name for run in runs}) == len(runs), "two samples would resume each other"
+
+
+def test_the_readme_names_every_method():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [kind for section in METHODS if f"| `{(kind := section.model_fields['kind'].default)}` |" not in text]
 
 
 @pytest.mark.parametrize("words", commands("ftray"), ids=" ".join)

@@ -40,6 +40,11 @@ _OTHER_TRAINERS = {
     "max_steps": "optim.steps",
     "model_name_or_path": "model.base",
     "num_epochs": "optim.epochs",
+    "num_virtual_tokens": "method.tokens",
+    "oft_block_size": "method.block",
+    "prompt_tuning_init_text": "method.text",
+    "init_r": "method.start_rank",
+    "target_r": "method.rank",
     "num_train_epochs": "optim.epochs",
     "num_workers": "scale.workers",
     "output_dir": "storage",
@@ -60,6 +65,14 @@ _OTHER_KINDS = {
     "rslora": "kind: lora with rslora: true",
     "pissa": "kind: lora with init: pissa",
     "pt": "kind: pretrain",
+    "adapter": "kind: bottleneck",
+    "houlsby": "kind: bottleneck with placement: houlsby",
+    "pfeiffer": "kind: bottleneck with placement: pfeiffer",
+    "ln_tuning": "kind: norms",
+    "prefix_tuning": "kind: prefix",
+    "prompt_tuning": "kind: prompt",
+    "ptuning": "kind: p_tuning",
+    "trainable_tokens": "kind: tokens",
 }
 
 

@@ -15,7 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from ftray.config import document, explain
-from ftray.config.schema import Run, Section
+from ftray.config.schema import Run
+from ftray.config.section import Section
 from ftray.config.serving import Serving
 from ftray.config.sweeping import Sweep
 from ftray.errors import ConfigError

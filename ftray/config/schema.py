@@ -9,7 +9,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, shards
+from ftray.config.section import Section
+
+__all__ = ["AdaLora", "Auto", "Freeze", "Full", "Lora", "Method", "Model", "Run", "Section"]
 
 Auto: TypeAlias = Literal["auto"]
 
@@ -22,12 +27,6 @@ def safe_name(value: str) -> str:
     if not NAME_PATTERN.fullmatch(value):
         raise ValueError(f"{value!r} is not a name; use a-z, 0-9 and -, at most 64 characters")
     return value
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", str_strip_whitespace=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 class Model(Section):
@@ -85,37 +84,6 @@ class Data(Section):
         """`sources: a.jsonl`, `sources: [a.jsonl]` and one mapping mean a list of sources."""
         items = value if isinstance(value, list) else [value]
         return [{"path": item} if isinstance(item, str) else item for item in items]
-
-
-class Full(Section):
-    kind: Literal["full"] = "full"
-
-
-class Freeze(Section):
-    kind: Literal["freeze"] = "freeze"
-    last_layers: int = Field(2, ge=0, description="so many of the last blocks are trained")
-    train: list[str] = Field(default_factory=list, description="patterns of parameter names that are trained too")
-    embeddings: bool = Field(False, description="train the input embeddings")
-    norms: bool = Field(False, description="train every normalisation layer")
-    head: bool = Field(False, description="train the output layer")
-
-
-class Lora(Section):
-    kind: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1, description="rank of the update")
-    alpha: float | None = Field(None, gt=0, description="scale; twice the rank unless said")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
-    targets: Literal["auto"] | list[str] = Field(
-        "auto", description="module names; auto: every linear layer but the head"
-    )
-    rslora: bool = Field(False, description="scale by alpha/sqrt(rank) (arXiv 2312.03732)")
-    dora: bool = Field(False, description="learn magnitude apart from direction (arXiv 2402.09353)")
-    init: Literal["default", "gaussian", "orthogonal", "pissa"] = Field("default", description="how A and B begin")
-    modules_to_save: list[str] = Field(default_factory=list, description="modules trained whole beside the adapter")
-    bits: Literal[4, 8] | None = Field(None, description="4: QLoRA, an NF4 base with double quantisation; 8: int8")
-
-
-Method = Annotated[Full | Freeze | Lora, Field(discriminator="kind")]
 
 
 class Sft(Section):
@@ -270,6 +238,19 @@ def _disagreements(run: Run):
         yield "scale.nvme_path: offload: nvme needs the folder of a local NVMe disk"
     if isinstance(method, Lora) and method.bits and scale.zero == 3:
         yield "scale.zero: a quantised base cannot be sharded by ZeRO 3; use zero: 2, or leave bits out"
+    if not shards(method) and scale.zero == 3:
+        yield f"scale.zero: {method.kind} trains under ZeRO 0 to 2, not 3; use zero: 2"
+    if not shards(method) and scale.offload == "nvme":
+        yield f"scale.offload: nvme needs ZeRO 3, under which {method.kind} does not train; use offload: cpu"
+    if isinstance(method, AdaLora):
+        if method.first_rank <= method.rank:
+            yield f"method.start_rank: {method.first_rank} leaves no rank to give up; use more than {method.rank}"
+        if scale.offload != "none":
+            yield "scale.offload: adalora looks at every step's gradients; use offload: none"
+    if isinstance(method, Prefix) and scale.gradient_checkpointing is True:
+        yield "scale.gradient_checkpointing: prefix is a cache, which recomputed blocks would fill twice; use auto"
+    if isinstance(method, PROMPTS) and run.data.packing == "on":
+        yield f"data.packing: {method.kind} puts its tokens before each example, and packed rows have no room; use auto"
     if isinstance(method, Lora) and method.bits and method.init == "pissa":
         yield "method.init: pissa changes the base, which bits: keeps quantised; use default"
     if isinstance(method, Freeze) and not (

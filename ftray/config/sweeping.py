@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ftray.config.schema import NAME_PATTERN, Run, Section
+from ftray.config.schema import NAME_PATTERN, Run
+from ftray.config.section import Section
 
 NAME_MAX = 56  # trials are called <name>.000
 When = dict[str, Any]

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
+from ftray.models import virtual
 from ftray.models.attention import NAME as PACKED_ATTENTION
 from ftray.models.load import cache_shape
 from ftray.models.turns import stop_ids
@@ -82,8 +84,11 @@ class _Decoder:
         self.stops = frozenset(stop_ids(model, tokenizer))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stops, default=0)
         self.config = model.config.get_text_config(decoder=True)
-        self.positions = getattr(self.config, "max_position_embeddings", None) or 1 << 30
+        self.virtual = virtual.count(model)
+        self.positions = (getattr(self.config, "max_position_embeddings", None) or 1 << 30) - self.virtual
         base = model.get_base_model() if isinstance(model, PeftModel) else model
+        # virtual tokens are in the cache before the prompt; PEFT's own forward would put them there at every step
+        self.forward = base if self.virtual else model
         self.accepts = frozenset(inspect.signature(base.forward).parameters)
 
     def answer(self, prompts: list[list[int]], batch_size: int | Literal["auto"]) -> Iterator[tuple[int, list[int]]]:
@@ -128,6 +133,11 @@ class _Decoder:
         positions_BT = (places_B1 - torch.arange(ids_BT.shape[1] - 1, -1, -1, device=self.device)).clamp(min=0)
         size = ids_BT.shape[1]
         cache: Any = DynamicCache(config=self.config)
+        if self.virtual:
+            cache = virtual.cache(self.model, len(prompts))
+            places_B1, positions_BT = places_B1 + self.virtual, positions_BT + self.virtual
+            mask_BS = None if mask_BS is None else F.pad(mask_BS, (self.virtual, 0), value=1)
+            size += self.virtual
         next_B = self._next(ids_BT, positions_BT, mask_BS, size, cache)
         alive: list[int | None] = list(range(len(prompts)))
         while True:
@@ -173,7 +183,7 @@ class _Decoder:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self.accepts:
             inputs["logits_to_keep"] = 1
-        return self.model(**inputs).logits[:, -1].argmax(-1)
+        return self.forward(**inputs).logits[:, -1].argmax(-1)
 
     def _any_busy(self, busy: bool) -> bool:
         """Whether any rank is about to do a forward; asked by every rank before each, so that all do equally many."""
@@ -188,7 +198,7 @@ class _Decoder:
         config = self.config
         layers, heads, head_dim = cache_shape(config)
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        kept = 2 * layers * heads * head_dim * (prompt_length + self.max_new_tokens)
+        kept = 2 * layers * heads * head_dim * (self.virtual + prompt_length + self.max_new_tokens)
         passing = (3 * inner + 6 * config.hidden_size) * prompt_length
         width = torch.finfo(self.model.dtype).bits // 8
         if self.device.type == "cuda":

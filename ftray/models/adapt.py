@@ -1,29 +1,32 @@
-"""The methods: which weights of a base learn. Full, freeze (parts of the base), and the LoRA family through PEFT."""
+"""The methods: which weights of a base learn. Full, freeze (parts of the base), LoRA, and those of adapters.py."""
 
 from __future__ import annotations
 
-import difflib
 import math
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ftray.config.schema import Freeze, Full, Lora, Method
+from ftray.config.methods import Freeze, Full, Lora, Method, Prompt, Tokens, is_adapter
 from ftray.errors import ModelError
-from ftray.models.load import linear_modules, linear_shape, meta_model
+from ftray.models.adapters import KINDS, Setting, begin_prompt, unknown_tokens
+from ftray.models.layers import adaptable, chosen, did_you_mean, is_called, leaves, short_names, sides
+from ftray.models.load import load_tokenizer, meta_model, origin
 
 
-def adapt(model: Any, method: Method, *, seed: int, fp32: bool = True) -> Any:
-    """Marks what learns; for LoRA wraps the model with PEFT. Checks the method against the model first (ModelError).
+def adapt(model: Any, method: Method, *, seed: int, fp32: bool = True, steps: int = 1) -> Any:
+    """Marks what learns; wraps the model with PEFT for adapters. Checks the method against it first (ModelError).
 
     `fp32` keeps learning weights in fp32 (autocast brings them down); under ZeRO, DeepSpeed keeps its own fp32 copy,
-    so False saves memory there. Adapters begin the same on every worker: A and B are drawn from `seed`.
+    so False saves memory there. Adapters begin the same on every worker: they are drawn from `seed`. `steps`: updates
+    of the whole run, over which AdaLoRA spreads its budget.
     """
     import torch
 
     _check(model, method)
-    if isinstance(method, Lora):
-        model = _add_lora(model, method, seed, fp32)
+    if is_adapter(method):
+        model = _add_adapter(model, method, seed=seed, fp32=fp32, steps=steps)
     elif isinstance(method, Freeze):
         wanted = frozen_choice(model, method)
         for name, parameter in model.named_parameters():
@@ -51,24 +54,29 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def check_method(model_config: Any, method: Method) -> None:
+def check_method(model_config: Any, method: Method, tokenizer: Any = None) -> None:
     """Checks a method against a base by its configuration alone, no weights read. ModelError names every problem."""
-    _check(meta_model(model_config), method)
+    _check(meta_model(model_config), method, tokenizer)
 
 
 def servability(method: Method) -> str:
-    """How a version is served: "adapter" (swapped while serving), "merge" (merged first) or "model" (its own model)."""
-    if not isinstance(method, Lora):
+    """How a version is served: "adapter" (many in one batch), "merge" (beside those, or merged into the base),
+    "beside" (beside those only), or "model" (its own model)."""
+    if not is_adapter(method):
         return "model"
-    return "merge" if method.dora or method.modules_to_save else "adapter"
+    if isinstance(method, Lora):
+        return "merge" if method.dora or method.modules_to_save else "adapter"
+    return KINDS[method.kind].served
 
 
 def default_lr(method: Method, parameters: int) -> float:
     """Peak learning rate where the run says auto; `parameters` is the size of the base.
 
     Full rates fall with size as in the model reports (1e-3 at 5 M, 2e-5 from 1 B on); LoRA takes about ten times the
-    full rate (LoRA Without Regret, Thinking Machines 2025), at most 2e-3.
+    full rate (LoRA Without Regret, Thinking Machines 2025), at most 2e-3. Smaller methods have a rate of their own.
     """
+    if method.kind in KINDS:
+        return KINDS[method.kind].lr
     full = min(1e-3, max(2e-5, 1e-3 * math.sqrt(5e6 / max(parameters, 1)) ** 1.5))
     if isinstance(method, Full):
         return round(full, 7)
@@ -79,10 +87,7 @@ def default_lr(method: Method, parameters: int) -> float:
 
 def lora_targets(model: Any, method: Lora) -> dict[str, Any]:
     """The layers a LoRA method adapts, by full name. ModelError when a target names none."""
-    if method.targets == "auto":
-        return linear_modules(model)
-    modules = dict(model.named_modules())
-    return {name: module for name, module in modules.items() if name and any(_names(name, t) for t in method.targets)}
+    return chosen(model, method.targets)
 
 
 def frozen_choice(model: Any, method: Freeze) -> set[str]:
@@ -127,14 +132,21 @@ def _blocks(model: Any) -> tuple[str, int]:
     )
 
 
-def _add_lora(model: Any, method: Lora, seed: int, fp32: bool) -> Any:
+def _add_adapter(model: Any, method: Any, *, seed: int, fp32: bool, steps: int) -> Any:
     import torch
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=[]):
+    setting = Setting(seed, steps, lambda: load_tokenizer(origin(model).model))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # norms
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tokens, which reach the head too
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, lora_config(model, method), autocast_adapter_dtype=fp32)
-    if method.init == "pissa":
+        lora = isinstance(method, Lora)
+        config = lora_config(model, method) if lora else KINDS[method.kind].config(model, method, setting)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=fp32)
+        if isinstance(method, Prompt):
+            begin_prompt(adapted, method, setting)
+    if lora and method.init == "pissa":
         adapted.ftray_pissa_start = {
             name: parameter.detach().float().cpu().clone()
             for name, parameter in trainable(adapted).items()
@@ -153,8 +165,7 @@ def lora_config(model: Any, method: Lora) -> Any:
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    chosen = lora_targets(model, method)
-    targets = {name.rsplit(".", 1)[-1] for name in chosen} if method.targets == "auto" else set(method.targets)
+    layers = lora_targets(model, method)
     alpha = method.alpha if method.alpha is not None else 2 * method.rank
     saved = _saved_modules(model, method)
     return LoraConfig(
@@ -162,11 +173,11 @@ def lora_config(model: Any, method: Lora) -> Any:
         r=method.rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
-        target_modules=sorted(targets),
+        target_modules=short_names(layers, method.targets),
         use_rslora=method.rslora,
         use_dora=method.dora,
         init_lora_weights=True if method.init == "default" else method.init,  # type: ignore[arg-type]
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.values()),
         modules_to_save=saved or None,
         ensure_weight_tying=_touches_tied(model, saved),
     )
@@ -174,7 +185,9 @@ def lora_config(model: Any, method: Lora) -> Any:
 
 def _saved_modules(model: Any, method: Lora) -> list[str]:
     """Full names: PEFT takes "norm" for every module whose name ends in norm, we for those called norm."""
-    return [name for name, _ in model.named_modules() if any(_names(name, saved) for saved in method.modules_to_save)]
+    return [
+        name for name, _ in model.named_modules() if any(is_called(name, saved) for saved in method.modules_to_save)
+    ]
 
 
 def _touches_tied(model: Any, names: list[str]) -> bool:
@@ -185,12 +198,16 @@ def _touches_tied(model: Any, names: list[str]) -> bool:
     return any(module is head or module is embeddings for name, module in model.named_modules() if name in names)
 
 
-def _check(model: Any, method: Method) -> None:
+def _check(model: Any, method: Method, tokenizer: Any = None) -> None:
     problems: list[str] = []
     if isinstance(method, Freeze):
         problems += _freeze_problems(model, method)
-    if isinstance(method, Lora):
+    elif isinstance(method, Lora):
         problems += _lora_problems(model, method)
+    elif method.kind in KINDS:
+        problems += KINDS[method.kind].problems(model, method)
+    if isinstance(method, Tokens) and tokenizer is not None:
+        problems += unknown_tokens(method, tokenizer)
     if problems:
         raise ModelError("\n".join(problems))
 
@@ -202,29 +219,29 @@ def _freeze_problems(model: Any, method: Freeze) -> Iterable[str]:
     for pattern in method.train:
         if not any(matches(name, pattern) for name in names):
             parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-            yield f"method.train: {pattern!r} fits no parameter{_did_you_mean(pattern, parts)}"
+            yield f"method.train: {pattern!r} fits no parameter{did_you_mean(pattern, parts)}"
 
 
 def _lora_problems(model: Any, method: Lora) -> Iterable[str]:
     modules = {name: module for name, module in model.named_modules() if name}
-    leaves = [name for name, module in modules.items() if not list(module.children()) and list(module.parameters())]
-    linear = [name for name in leaves if _adaptable(modules[name])]
+    own = leaves(model)
+    linear = [name for name, module in own.items() if adaptable(module)]
     for target in [] if method.targets == "auto" else method.targets:
-        found = [name for name in modules if _names(name, target)]
+        found = [name for name in modules if is_called(name, target)]
         if not found:
-            yield f"method.targets: no layer is called {target!r}{_did_you_mean(target, linear)}"
-        elif not any(_adaptable(modules[name]) for name in found):
+            yield f"method.targets: no layer is called {target!r}{did_you_mean(target, linear)}"
+        elif not any(adaptable(modules[name]) for name in found):
             kind = type(modules[found[0]]).__name__
             yield f"method.targets: {target!r} is a {kind}; LoRA adapts linear layers and embeddings"
     for saved in method.modules_to_save:
-        if not any(_names(name, saved) for name in modules):
-            yield f"method.modules_to_save: no module is called {saved!r}{_did_you_mean(saved, leaves)}"
+        if not any(is_called(name, saved) for name in modules):
+            yield f"method.modules_to_save: no module is called {saved!r}{did_you_mean(saved, own)}"
     if method.init == "orthogonal" and method.rank % 2:
         yield f"method.rank: orthogonal init needs an even rank, not {method.rank}; use {method.rank + 1}"
     small = {
-        name: min(_sides(module))
+        name: min(sides(module))
         for name, module in lora_targets(model, method).items()
-        if _adaptable(module) and min(_sides(module)) < method.rank
+        if adaptable(module) and min(sides(module)) < method.rank
     }
     if small:
         name = min(small, key=lambda key: small[key])
@@ -232,30 +249,3 @@ def _lora_problems(model: Any, method: Lora) -> Iterable[str]:
             f"method.rank: {method.rank} is larger than the smaller side of {name} ({small[name]}); "
             f"use at most {small[name]}, or leave {name.rsplit('.', 1)[-1]} out of targets"
         )
-
-
-def _names(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _adaptable(module: Any) -> bool:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (torch.nn.Linear, torch.nn.Embedding, Conv1D))
-
-
-def _sides(module: Any) -> tuple[int, int]:
-    if hasattr(module, "num_embeddings"):
-        return module.num_embeddings, module.embedding_dim
-    return linear_shape(module)
-
-
-def _did_you_mean(word: str, names: Iterable[str]) -> str:
-    names = list(names)
-    known = sorted({name.rsplit(".", 1)[-1] for name in names})
-    close = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(word, names, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    shown = ", ".join(known[:12])
-    return f"; there are {shown}{', ...' if len(known) > 12 else ''}"

@@ -54,6 +54,7 @@ class Shape:
     tied: bool
     linears: dict[str, tuple[int, int]]
     """Linear layers apart from the output layer: name -> (inputs, outputs)."""
+    norm_params: int = 0
 
     @classmethod
     def from_config(cls, config: Any) -> Shape:
@@ -76,6 +77,7 @@ class Shape:
             max_positions=getattr(text, "max_position_embeddings", None) or 0,
             tied=head is not None and head.weight is model.get_input_embeddings().weight,
             linears=linears,
+            norm_params=sum(p.numel() for module in norm_layers(model).values() for p in module.parameters()),
         )
 
 
@@ -236,6 +238,15 @@ def linear_modules(model: Any) -> dict[str, Any]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    }
+
+
+def norm_layers(model: Any) -> dict[str, Any]:
+    """Normalisation layers with weights, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
     }
 
 

@@ -17,6 +17,8 @@ from ftray.errors import ModelError
 from ftray.models.load import fingerprint, load_base, load_tokenizer, resolve_base
 from ftray.models.save import ADAPTER_CONFIG
 
+UNMERGEABLE = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BOTTLENECK")
+
 
 def load_version(
     base_model: Model, folder: Path, card: Mapping[str, Any], dtype: Any, *, attention: str = "auto"
@@ -51,6 +53,12 @@ def merge(model: Model, folder: Path, out: Path, dtype: Any) -> Path:
 
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder}: is a whole model, there is nothing to merge; use export")
+    kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    if kind in UNMERGEABLE:
+        raise ModelError(
+            f"{folder.name}: a version of {kind} is no change of weights, so it cannot be merged; serve it as it is, "
+            "on the bank engine, or export it"
+        )
     with _new_folder(out) as draft:
         base = load_base(model, method=Full(), dtype=torch.float32)
         _untie_where_adapted(base, folder)
@@ -81,6 +89,8 @@ def export(model: Model, folder: Path, out: Path) -> Path:
 def _with_adapter(base: Any, folder: Path) -> Any:
     from peft import PeftModel
 
+    import ftray.models.bottleneck  # noqa: F401  (PEFT learns of the method)
+
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
     except (RuntimeError, ValueError, KeyError) as error:  # PEFT's ways of saying that names or shapes do not fit
@@ -98,7 +108,10 @@ def _untie_where_adapted(base: Any, folder: Path) -> None:
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     if head is None or head.weight is not embeddings.weight:
         return
-    targets = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["target_modules"]
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if config["peft_type"] != "LORA":
+        return  # the others adapt linear layers, or both of the tied ones
+    targets = config["target_modules"]
     names = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if module in (head, embeddings)}
     if names & {target.rsplit(".", 1)[-1] for target in targets}:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())

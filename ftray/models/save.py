@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ftray.config.schema import Full, Lora, Method
+from ftray.config.methods import PROMPTS, AdaLora, Full, Lora, Method, Vera, is_adapter
 from ftray.errors import ModelError
+from ftray.models import adalora, virtual
 from ftray.models.adapt import pissa_start, trainable, unwrap
 from ftray.models.load import Origin, load_base, origin
 
@@ -30,7 +31,7 @@ def save_version(model: Any, folder: Path, *, method: Method, state: Mapping[str
     lacking = trainable(model).keys() - state.keys()
     assert not lacking, f"state lacks {sorted(lacking)[:3]}"
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(method, Lora):
+    if is_adapter(method):
         _save_adapter(model, folder, method, state)
     else:
         _save_model(model, folder, state)
@@ -43,10 +44,10 @@ def load_state_into(model: Any, folder: Path, method: Method) -> None:
     ModelError when a tensor is missing, left over, or of another shape. Whole models in 16 bits come back rounded.
     """
     model = unwrap(model)
-    if isinstance(method, Lora):
-        saved = _adapter_tensors(model, folder, method)
-    else:
-        saved = _model_tensors(model, folder)
+    if isinstance(method, PROMPTS):
+        virtual.read_back(model, folder / ADAPTER)
+        return
+    saved = _adapter_tensors(model, folder, method) if is_adapter(method) else _model_tensors(model, folder)
     live = trainable(model)
     _refuse_strangers(folder, live, saved)
     for name, parameter in live.items():
@@ -57,18 +58,24 @@ def load_state_into(model: Any, folder: Path, method: Method) -> None:
             parameter.data.copy_(saved[name])
 
 
-def _save_adapter(model: Any, folder: Path, method: Lora, state: Mapping[str, Any]) -> None:
+def _save_adapter(model: Any, folder: Path, method: Method, state: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     config = model.peft_config["default"]
     tensors = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
     base = origin(model).model
     changes: dict[str, Any] = {"base_model_name_or_path": base.base, "revision": base.revision, "inference_mode": True}
-    if method.init == "pissa":
+    if isinstance(method, Lora) and method.init == "pissa":
         tensors, scale_changes = _pissa_on_the_original_base(model, method, tensors)
         changes |= scale_changes
+    if isinstance(method, AdaLora):
+        config, written_tensors = adalora.as_lora(model, tensors)
+    elif isinstance(method, PROMPTS):
+        written_tensors = {virtual.TENSOR: virtual.embeddings(model, tensors)}
+    else:
+        written_tensors = _peft_names(model, tensors, beside=_shared(model, method))
     save_file(
-        {name: tensor.clone().contiguous() for name, tensor in _peft_names(model, tensors).items()},
+        {name: tensor.clone().contiguous() for name, tensor in written_tensors.items()},
         folder / ADAPTER,
         metadata={"format": "pt"},
     )
@@ -132,15 +139,22 @@ def _frozen_values(model: Any, came_from: Origin, state: Mapping[str, Any]) -> d
     return dict(base.named_parameters())
 
 
-def _adapter_tensors(model: Any, folder: Path, method: Lora) -> dict[str, Any]:
+def _adapter_tensors(model: Any, folder: Path, method: Method) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     live = trainable(model)
-    names = {id(parameter): name for name, parameter in live.items()}
-    ours = {peft_name: names[id(parameter)] for peft_name, parameter in _peft_names(model, live).items()}
     loaded = load_file(folder / ADAPTER)
-    tensors = {ours.get(name, name): tensor for name, tensor in loaded.items()}
-    if method.init == "pissa":
+    if isinstance(method, AdaLora):
+        return adalora.from_lora(model, loaded)
+    names = {id(parameter): name for name, parameter in live.items()}
+    shared = _shared(model, method)
+    theirs = _peft_names(model, live, beside=shared)
+    ours = {name: names[id(parameter)] for name, parameter in theirs.items() if id(parameter) in names}
+    fixed = theirs.keys() - ours.keys()
+    if changed := [name for name in fixed & loaded.keys() if not _equal(loaded[name], theirs[name])]:
+        raise ModelError(f"{folder}: {changed[0]} is not this run's; it comes from another seed")
+    tensors = {ours.get(name, name): tensor for name, tensor in loaded.items() if name not in fixed}
+    if isinstance(method, Lora) and method.init == "pissa":
         for name in pissa_start(model):
             tensors[name] = tensors[name].chunk(2, 0 if ".lora_A." in name else 1)[0]
     return tensors
@@ -170,13 +184,26 @@ def _refuse_strangers(folder: Path, live: Mapping[str, Any], saved: Mapping[str,
         raise ModelError(f"{folder}: {'; '.join(parts)}; it comes from another method or another base")
 
 
-def _peft_names(model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(model: Any, method: Method) -> dict[str, Any]:
+    """What a version holds beside what learns: VeRA's random matrices, which another machine might draw otherwise."""
+    if not isinstance(method, Vera):
+        return {}
+    every = model.named_buffers(remove_duplicate=False)
+    return {name: buffer for name, buffer in every if name.startswith("base_model.vera_")}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one.shape == other.shape and bool((one.float().cpu() == other.float().cpu()).all())
+
+
+def _peft_names(model: Any, tensors: Mapping[str, Any], *, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The same tensors under the names that PEFT writes into adapter files; tied ones under each of their names."""
     from peft import get_peft_model_state_dict
 
     named = list(model.named_parameters(remove_duplicate=False))
     first = {id(parameter): name for name, parameter in reversed(named)}
     everywhere = {name: tensors[first[id(p)]] for name, p in named if first[id(p)] in tensors}
+    everywhere |= beside or {}
     return get_peft_model_state_dict(model, state_dict=everywhere, save_embedding_layers=False)
 
 

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ftray.models import virtual
+from ftray.models.adapt import unwrap
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -73,6 +76,9 @@ def trained_logits(model, batch: Batch) -> torch.Tensor:
             "max_length_k": longest,
         }
     predicts = batch.predicts.to(device)
+    if before := virtual.embedded(unwrap(model)):
+        assert batch.position_ids is None, "packed examples have no room for virtual tokens"
+        predicts = F.pad(predicts, (before, 0), value=False)
     output = model(
         input_ids=batch.input_ids.to(device), attention_mask=None, use_cache=False, logits_to_keep=predicts, **packed
     )

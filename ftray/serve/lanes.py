@@ -94,6 +94,8 @@ class OwnLanes:
     def _adapter(self, folder: Path) -> Lane:
         from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 
+        import ftray.models.bottleneck  # noqa: F401  (PEFT learns of the method)
+
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         for init in MASKED_INITS:

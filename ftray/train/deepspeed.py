@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ftray.config.schema import Optim
 from ftray.train.layout import Layout
+
+if TYPE_CHECKING:
+    from ftray.train.ranks import RankBudget
 
 NO_DECAY = ("bias", "norm.weight", "layernorm.weight", "ln_f.weight", "ln_1.weight", "ln_2.weight")
 
@@ -111,8 +114,16 @@ class Update:
     grad_norm: float
 
 
-def update(engine, micros: Sequence[Any], loss: Callable[[Any, Any], torch.Tensor], *, count: int, lr: float) -> Update:
-    """One optimiser update over a window.
+def update(
+    engine,
+    micros: Sequence[Any],
+    loss: Callable[[Any, Any], torch.Tensor],
+    *,
+    count: int,
+    lr: float,
+    ranks: RankBudget | None = None,
+) -> Update:
+    """One optimiser update over a window. `ranks`: AdaLoRA's, which look at its gradients and pull directions apart.
 
     `loss(engine, micro)` is the micro-batch's summed loss in nats; `count` is what the sums of the whole window, over
     all workers, are divided by. DeepSpeed averages gradients over workers, so the sum is multiplied by their number:
@@ -125,9 +136,14 @@ def update(engine, micros: Sequence[Any], loss: Callable[[Any, Any], torch.Tenso
     for position, micro in enumerate(micros):
         engine.set_gradient_accumulation_boundary(position == len(micros) - 1)
         total = loss(engine, micro)
-        engine.backward(total * (workers / count), scale_wrt_gas=False)
+        mean = total * (workers / count)
+        if ranks is not None and position == 0:
+            mean = mean + ranks.penalty()  # every worker adds it once, and DeepSpeed averages over them
+        engine.backward(mean, scale_wrt_gas=False)
         sums.append(total.detach())
     norm = _plain_norm(engine)
+    if ranks is not None:
+        ranks.before_step()
     engine.step()
     if norm is None:
         norm = engine.get_global_grad_norm()

@@ -54,14 +54,23 @@ class Keeper:
         found = agreed(self.checkpoints.newest() if self.rank == 0 else None)
         return None if found is None else (found, self.checkpoints.read(found))
 
-    def take(self, engine, named: Mapping[str, torch.nn.Parameter], *, step: int) -> None:
-        """Snapshot the training state after `step` updates and begin to write it."""
+    def take(
+        self,
+        engine,
+        named: Mapping[str, torch.nn.Parameter],
+        *,
+        step: int,
+        more: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Snapshot the training state after `step` updates and begin to write it. `more`: tensors all workers share."""
         self.finish()
         spread = sum(state.numel(p) for p in named.values()) * 12 > SPREAD_BYTES
         mine = {}
         for number, (name, tensor) in enumerate(state.gather(engine, named)):
             if self.rank == (number % self.world if spread else 0):
                 mine[name] = tensor
+        if self.rank == 0:
+            mine |= more or {}
         folder = self.checkpoints.folder(step, self.token)
         pending = _Pending(folder, step, threading.Thread(target=lambda: self._write(pending, mine), daemon=True))
         self._pending = pending

@@ -36,8 +36,8 @@ class Known:
         from ftray.models import adapt, attention, load
 
         config = load.load_config(run.model)
-        adapt.check_method(config, run.method)
         tokenizer = load.load_tokenizer(run.model)
+        adapt.check_method(config, run.method, tokenizer)
         large = ray_ready is not None and _bytes(run.data.sources) > SMALL_BYTES
         if ray_ready is not None and large:
             ray_ready()

@@ -7,10 +7,30 @@ al. 2022, arXiv 2205.05198, section 4), counted anew for Llama-like blocks as tr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ftray.config.schema import Freeze, Full, Lora, Method
+from ftray.config.methods import (
+    PROMPTS,
+    AdaLora,
+    Bottleneck,
+    Freeze,
+    Full,
+    Ia3,
+    LoHa,
+    LoKr,
+    Lora,
+    Method,
+    Norms,
+    Oft,
+    Prefix,
+    Prompt,
+    PTuning,
+    Tokens,
+    Vera,
+    is_adapter,
+)
 from ftray.train.layout import Layout
 
 if TYPE_CHECKING:  # it would bring in torch
@@ -59,7 +79,7 @@ class Learning:
 
 
 def learning(shape: Shape, method: Method) -> Learning:
-    """What a method trains of a base of this shape. Exact for full and LoRA; freeze spreads norms over the blocks."""
+    """What a method trains of a base of this shape. Exact but for freeze, which spreads norms over the blocks."""
     head = 0 if shape.tied else shape.embedding_params
     others = max(0, shape.parameters - shape.embedding_params - head - shape.linear_params)
     if isinstance(method, Full):
@@ -74,7 +94,81 @@ def learning(shape: Shape, method: Method) -> Learning:
         saved = sum(i * o for name, (i, o) in whole.items() if _is_named(name, method.modules_to_save))
         linears = {name: sides for name, sides in chosen.items() if name in shape.linears}
         return _over(linears, pairs + saved, pairs + saved, pairs + saved, shape.layers)
-    return _freezing(shape, method, head=head, others=others)
+    if isinstance(method, Freeze):
+        return _freezing(shape, method, head=head, others=others)
+    return _adapting(shape, method)
+
+
+def _adapting(shape: Shape, method: Method) -> Learning:
+    """PEFT's other methods, and bottlenecks: parameters layer by layer, as each lays them out."""
+    from ftray.models.layers import ATTENTION_OUT, KEYS_AND_VALUES, MLP_OUT
+
+    def ends(name: str, table: tuple[str, ...]) -> bool:
+        return _is_named(name, list(table))
+
+    hidden, layers = shape.hidden_size, dict(shape.linears)
+    if (named := getattr(method, "targets", "auto")) != "auto":
+        layers = {name: both for name, both in layers.items() if _is_named(name, named)}
+    if isinstance(method, Ia3):
+        if named == "auto":
+            layers = {name: both for name, both in layers.items() if ends(name, (*KEYS_AND_VALUES, *MLP_OUT))}
+        params = sum(i if ends(name, MLP_OUT) else o for name, (i, o) in layers.items())
+    elif isinstance(method, Bottleneck):
+        if named == "auto":
+            both_ends = ATTENTION_OUT + MLP_OUT if method.placement == "houlsby" else MLP_OUT
+            layers = {name: both for name, both in layers.items() if ends(name, both_ends)}
+        places = len(layers) or len(named) * shape.layers
+        params = places * (2 * hidden * method.size + method.size + hidden)
+    elif isinstance(method, AdaLora):
+        params = sum(method.first_rank * (i + o + 1) for i, o in layers.values())
+    elif isinstance(method, LoHa):
+        params = sum(2 * method.rank * (i + o) for i, o in layers.values())
+    elif isinstance(method, LoKr):
+        params = sum(_kronecker(method, inputs=i, outputs=o) for i, o in layers.values())
+    elif isinstance(method, Oft):
+        params = sum(i // method.block * (method.block * (method.block - 1) // 2) for i, _ in layers.values())
+    elif isinstance(method, Vera):
+        params = sum(method.rank + o for _, o in layers.values())
+    else:
+        params, layers = _apart_from_layers(shape, method), {}
+    return _over(layers, params, params, params, shape.layers)
+
+
+def _apart_from_layers(shape: Shape, method: Method) -> int:
+    hidden = shape.hidden_size
+    if isinstance(method, Norms):
+        return shape.norm_params
+    if isinstance(method, Tokens):
+        return len(set(method.tokens)) * hidden
+    if isinstance(method, Prompt):
+        return method.tokens * hidden
+    if isinstance(method, PTuning):
+        width = method.width
+        return method.tokens * hidden + (hidden + 1) * width + (width + 1) * width + (width + 1) * hidden
+    assert isinstance(method, Prefix)
+    own = shape.kv_heads * shape.head_dim
+    if method.projection is None:
+        return method.tokens * 2 * shape.layers * own
+    return method.tokens * own + (own + 1) * method.projection + (method.projection + 1) * 2 * shape.layers * own
+
+
+def _kronecker(method: LoKr, *, inputs: int, outputs: int) -> int:
+    """LoKr's factors of one layer: a small whole one, and a large one of low rank where that is smaller."""
+    factor = method.factor if method.factor is not None else -1
+    (in_small, in_large), (out_small, out_large) = _factors(inputs, factor), _factors(outputs, factor)
+    small = out_small * in_small
+    if method.rank < max(out_large, in_large) / 2:
+        return small + method.rank * (out_large + in_large)
+    return small + out_large * in_large
+
+
+def _factors(size: int, factor: int) -> tuple[int, int]:
+    """Two factors, the smaller first: `factor` if it divides, else the nearest pair whose smaller is at most it."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = size if factor == -1 else factor
+    small = max(one for one in range(1, math.isqrt(size) + 1) if size % one == 0 and one <= max(1, most))
+    return small, size // small
 
 
 def _freezing(shape: Shape, method: Freeze, *, head: int, others: int) -> Learning:
@@ -122,7 +216,8 @@ def predict(shape: Shape, *, method: Method, layout: Layout, optimizer: str, max
       zero 2   as 1, gradients 2/N          zero 3   as 2, weights 2/N, frozen ones too
     Offload puts the master copy, moments and fp32 gradients into `host` or `disk`, and under zero 3 the weights.
     """
-    learns, width, tokens = learning(shape, method), WIDTH[layout.dtype], layout.micro_batch_size * max_length
+    learns, width = learning(shape, method), WIDTH[layout.dtype]
+    tokens = layout.micro_batch_size * (max_length + (method.tokens if isinstance(method, PROMPTS) else 0))
     share = layout.workers if layout.zero else 1
     bits = getattr(method, "bits", None)
     autocast = _autocasts(layout)
@@ -203,7 +298,7 @@ def _block_activations(
     q, k, mlp = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate_size
     depth, lora = max(1, learns.depth), method if isinstance(method, Lora) else None
 
-    norms = 2 * hidden * (4 + (0 if lora else stream))
+    norms = 2 * hidden * (4 + (0 if is_adapter(method) and not isinstance(method, Norms) else stream))
     if layout.packing:
         attention = (2 * q + 2 * k) * (width if cuda else 4) + (0 if cuda else q * width)
     else:
@@ -214,11 +309,13 @@ def _block_activations(
     inner = (1 if wide == 1 else 3) * mlp * width
 
     each = learns.inputs / depth
-    dropped = bool(lora and lora.dropout)
+    dropped = bool(getattr(method, "dropout", 0.0))
     copies = dropped or _autocasts(layout)
     inputs = (each if copies else min(each, 2 * hidden + mlp)) * width
+    rank = getattr(method, "first_rank", getattr(method, "rank", getattr(method, "size", 0)))
+    inputs += rank * learns.adapted / depth * width if is_adapter(method) and not lora else 0
+    inputs += dropped * each * (1 if cuda else width if layout.zero else 4)  # the mask
     if lora:
         inputs += lora.rank * learns.adapted / depth * width
-        inputs += dropped * each * (1 if cuda else width if layout.zero else 4)  # the mask
         inputs += lora.dora * 2 * learns.outputs / depth * width
     return norms + attention + inner + inputs

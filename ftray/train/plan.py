@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ftray.config.schema import Lora, Method
+from ftray.config.methods import AdaLora, Lora, Method, Prefix, is_adapter, shards
 from ftray.train.layout import Layout, Node
 from ftray.train.memory import GIB, Memory, learning, predict
 
@@ -32,7 +32,8 @@ PEAK_FLOPS = {  # dense bf16 (T4 and V100: fp16), from the vendors' data sheets
 class Plan:
     """What a run will need. `memory` in bytes a worker; `device_bytes` what it has, 0 where that is not known.
 
-    `fits` is True where `device_bytes` is not known. `seconds` is the training alone, None for an unknown GPU.
+    `trained` of `parameters` weights learn, those an adapter adds among them. `fits` is True where `device_bytes` is
+    not known. `seconds` is the training alone, None for an unknown GPU.
     """
 
     memory: Memory
@@ -42,6 +43,8 @@ class Plan:
     steps: int
     tokens_per_step: int
     seconds: float | None
+    trained: int = 0
+    parameters: int = 0
 
     def lines(self) -> list[str]:
         """For the terminal: a line for each kind of memory, the verdict, what would help, and the time."""
@@ -56,7 +59,9 @@ class Plan:
         ways = [f"  {'would fit' if not i else '':<12}{way}" for i, way in enumerate(self.advice)]
         time = "time not known for this GPU" if self.seconds is None else f"about {human_seconds(self.seconds)}"
         course = f"Course  {self.steps:,} steps of {self.tokens_per_step:,} tokens, {time} of training"
-        return ["Memory of one worker, predicted peak", *rows, verdict, *ways, course]
+        share = 100 * self.trained / max(1, self.parameters)
+        learns = f"Learns  {self.trained:,} parameters, {share:.3g} % of the base's {self.parameters:,}"
+        return [learns, "Memory of one worker, predicted peak", *rows, verdict, *ways, course]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; bytes and seconds."""
@@ -99,6 +104,8 @@ def make(
         steps=steps,
         tokens_per_step=tokens_per_step,
         seconds=seconds,
+        trained=learning(shape, method).params,
+        parameters=shape.parameters,
     )
 
 
@@ -132,7 +139,7 @@ def step_seconds(shape: Shape, *, method: Method, layout: Layout, tokens: int, d
     head = shape.embedding_params
     flowing = head + shape.linear_params * learns.depth / shape.layers
     flops = 2 * (shape.linear_params + head) + 2 * flowing + 2 * learns.matrices
-    if isinstance(method, Lora):
+    if is_adapter(method):
         flops += 4 * learns.matrices
     if layout.gradient_checkpointing:
         flops += 2 * shape.linear_params
@@ -237,11 +244,13 @@ def _smaller_micro_batch(now: _Choice) -> Iterator[_Change]:
 
 
 def _checkpointing(now: _Choice) -> Iterator[_Change]:
+    if isinstance(now.method, Prefix):
+        return
     yield {"scale.gradient_checkpointing": True}, replace(now, layout=replace(now.layout, gradient_checkpointing=True))
 
 
 def _zero3(now: _Choice) -> Iterator[_Change]:
-    if not getattr(now.method, "bits", None):
+    if shards(now.method) and not getattr(now.method, "bits", None):
         yield _sharded(now, {"scale.zero": 3}, zero=3)
 
 
@@ -253,7 +262,7 @@ def _bits(now: _Choice) -> Iterator[_Change]:
 
 
 def _more_workers(now: _Choice) -> Iterator[_Change]:
-    stages = sorted({max(2, now.layout.zero), 2 if getattr(now.method, "bits", None) else 3})
+    stages = sorted({max(2, now.layout.zero), 2 if getattr(now.method, "bits", None) or not shards(now.method) else 3})
     for workers in (now.layout.workers * 2**n for n in range(1, 7)):
         for zero in stages:
             keys = {"scale.workers": workers} | ({"scale.zero": zero} if zero != now.layout.zero else {})
@@ -268,11 +277,11 @@ def _shorter(now: _Choice) -> Iterator[_Change]:
 
 
 def _offload(now: _Choice) -> Iterator[_Change]:
-    if now.layout.offload == "none":
+    if now.layout.offload == "none" and not isinstance(now.method, AdaLora):
         zero = max(2, now.layout.zero)
         keys = {"scale.offload": "cpu"} | ({"scale.zero": zero} if zero != now.layout.zero else {})
         yield _sharded(now, keys, offload="cpu", zero=zero)
-        if zero != 3 and not getattr(now.method, "bits", None):
+        if zero != 3 and shards(now.method) and not getattr(now.method, "bits", None):
             yield _sharded(now, {"scale.offload": "cpu", "scale.zero": 3}, offload="cpu", zero=3)
 
 

@@ -31,6 +31,8 @@ def conclude(
     """
     comparison = _comparison(run, storage, folder)
     card = {**_card(run, known, checked, comparison), **(lineage or {})}
+    if storage.exists(ranks := f"{folder.key}/ranks.json"):
+        card["ranks"] = storage.read_json(ranks)
     key = f"{folder.state()['born']}:{checked.schedule.steps}"
     with tempfile.TemporaryDirectory(prefix="ftray-publish-") as temp:
         files = storage.download(f"{folder.key}/output", Path(temp))
@@ -47,8 +49,10 @@ def write_comparison(
     comparison = _comparison(run, storage, folder).to_json()
     metrics = folder.metrics()
     state = folder.state()
-    shown = ("base", "base_fingerprint", "servability", "created", "seed", "packages")
+    shown = ("base", "base_fingerprint", "servability", "ranks", "created", "seed", "packages")
     card = {key: version.card[key] for key in shown if key in version.card}
+    if "ranks" in card:
+        card["ranks"] = _by_part(card["ranks"])
     card |= {"id": version.id, "digest": version.digest, "seconds": time.time() - state["started"]}
     key = f"{folder.key}/report"
     with tempfile.TemporaryDirectory(prefix="ftray-report-") as temp:
@@ -94,6 +98,16 @@ def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": {name: installed(name) for name in PACKAGES},
     }
+
+
+def _by_part(ranks: dict[str, int]) -> dict[str, list[int]]:
+    """A list over the blocks for each part of a block: {"mlp.up_proj": [8, 3]} for two blocks."""
+    parts: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        pieces = name.split(".")
+        inner = [place for place, piece in enumerate(pieces) if piece.isdigit()]
+        parts.setdefault(".".join(pieces[inner[-1] + 1 :] if inner else pieces), []).append(rank)
+    return parts
 
 
 def _recoveries(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ftray.config.schema import Method, Run, Scale
+from ftray.config.methods import PROMPTS, Method, Prefix, shards
+from ftray.config.schema import Run, Scale
 from ftray.errors import ClusterError, ConfigError, ModelError
 from ftray.models.load import Shape
 from ftray.train import plan
@@ -58,7 +59,7 @@ def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool) -> La
         raise ClusterError("model.dtype: fp16 needs GPUs; use fp32 or bf16 here")
     if run.data.packing == "on" and not packs:
         raise ModelError(f"data.packing: {run.model.base} would let packed examples see each other; use auto or off")
-    packing = packs and run.data.packing != "off"
+    packing = packs and run.data.packing != "off" and not isinstance(method, PROMPTS)
     attention: str = run.model.attention
     if attention == "auto":
         attention = "ftray_varlen" if packing else "sdpa"
@@ -98,7 +99,7 @@ def _zero(run: Run, layout: Layout, shape: Shape, memory: int) -> int:
     least = 1 if layout.dtype == "fp16" else 0
     if scale.workers == 1:
         return least
-    if memory and not getattr(run.method, "bits", None):
+    if memory and shards(run.method) and not getattr(run.method, "bits", None):
         used = plan.predict(
             shape,
             method=run.method,
@@ -115,6 +116,8 @@ def _sized(run: Run, layout: Layout, shape: Shape, memory: int, method: Method) 
     """Micro-batch size and gradient checkpointing: the largest that is predicted to fit; on CPUs what caches like."""
     each = -(-run.optim.batch_size // layout.workers)
     micro, checkpointing = run.optim.micro_batch_size, run.scale.gradient_checkpointing
+    if isinstance(method, Prefix):
+        checkpointing = False  # its keys and values are a cache, which recomputing a block would fill again
     if not memory:
         chosen = min(each, max(1, CPU_TOKENS // run.data.max_length)) if micro == "auto" else micro
         return replace(layout, micro_batch_size=chosen, gradient_checkpointing=checkpointing is True)

@@ -61,6 +61,11 @@ def load_weights(engine, named: Mapping[str, torch.nn.Parameter], tensors: Mappi
                 parameter.copy_(tensors[name].to(parameter.device, parameter.dtype))
 
 
+def set_value(engine, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Put a whole fp32 value where the optimiser steps it (ZeRO 1 and 2); every worker calls it."""
+    _set(engine, None, parameter, value)
+
+
 def _plain(engine) -> bool:
     """No ZeRO: the optimiser is torch's or bitsandbytes' own, over the parameters themselves."""
     return isinstance(engine.optimizer, torch.optim.Optimizer)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftray.config.schema import Run
+from ftray.config.schema import AdaLora, Run
 from ftray.errors import FtrayError, ModelError, TrainError
 from ftray.train.layout import Layout
 from ftray.train.schedule import Schedule, Windows
@@ -100,10 +100,13 @@ class Worker:
 
     def evaluate(self, version_key: str) -> None:
         """Score the base, and then a version's files read into it."""
+        from ftray.models import virtual
+
         with self._watched() as self.watchdog:
             self._build()
             self.log({"kind": "phase", "text": "scoring the base"})
-            self._keep("before.json", self.meter.full())
+            with virtual.left_away(self.model):
+                self._keep("before.json", self.meter.full())
             self.log({"kind": "phase", "text": "scoring the tuned version"})
             self._read_back(version_key)
             self._keep("after.json", self.meter.full())
@@ -151,6 +154,7 @@ class Worker:
         from ftray.train.deepspeed import build_engine, deepspeed_config
         from ftray.train.measure import Meter
         from ftray.train.nvme import make_nvme_ready
+        from ftray.train.ranks import RankBudget
 
         run, layout = self.run, self.layout
         torch.manual_seed(run.seed)
@@ -167,7 +171,7 @@ class Worker:
             self.tokenizer.chat_template = plain_template(self.tokenizer)
         if layout.zero != 3 and not getattr(run.method, "bits", None):
             model.to(self.device)
-        model = adapt(model, run.method, seed=run.seed, fp32=layout.zero == 0)
+        model = adapt(model, run.method, seed=run.seed, fp32=layout.zero == 0, steps=self.schedule.steps)
         if layout.gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -177,6 +181,9 @@ class Worker:
             model, named=self.named, layout=layout, optim=run.optim, lr=self.schedule.lr, dtype=self.dtype
         )
         self.model.train()
+        self.ranks = None
+        if isinstance(run.method, AdaLora):
+            self.ranks = RankBudget(self.model, self.engine, self.named, max_grad_norm=run.optim.max_grad_norm)
         self.meter = Meter(
             self.model,
             self.tokenizer,
@@ -206,6 +213,8 @@ class Worker:
         if found is not None:
             checkpoint, tensors = found
             state.restore(self.engine, self.named, tensors, steps=checkpoint.step)
+            if self.ranks is not None:
+                self.ranks.restore(tensors)
             first = checkpoint.step
         self.log(
             {
@@ -225,13 +234,16 @@ class Worker:
 
     def _before(self, first: int) -> None:
         """Score the base, once: a resumed run finds the scores in its folder."""
+        from ftray.models import virtual
+
         if self._kept("before.json") is None:
             if first:
                 raise TrainError(
                     f"run {self.run.name}: the base's scores are gone from its folder; start over with --fresh"
                 )
             self.log({"kind": "phase", "text": "scoring the base"})
-            self._keep("before.json", self.meter.full())
+            with virtual.left_away(self.model):
+                self._keep("before.json", self.meter.full())
 
     def _step(self, step: int) -> None:
         import torch
@@ -247,7 +259,7 @@ class Worker:
         torch.manual_seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)  # dropout, whatever came before
         rate = self.schedule.lr_at(step)
         try:
-            done = update(self.engine, micros, self._loss, count=max(1, int(counts.sum())), lr=rate)
+            done = update(self.engine, micros, self._loss, count=max(1, int(counts.sum())), lr=rate, ranks=self.ranks)
         except torch.OutOfMemoryError as error:
             self._halve(error)
             raise
@@ -255,6 +267,8 @@ class Worker:
         total, busy = summed(sums, self.layout.device).tolist()
         loss = total / max(1, int(counts.sum()))
         self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=done.sums, micros=micros)
+        if self.ranks is not None:
+            self.ranks.after_step(step + 1, grad_norm=done.grad_norm)
         if self.keeper.waiting and not busy:
             self.keeper.finish()
         after = step + 1
@@ -275,7 +289,8 @@ class Worker:
                 }
             )
         if self.schedule.checkpoints_after(after) or after == self.schedule.steps:
-            self.keeper.take(self.engine, self.named, step=after)
+            more = self.ranks.tensors() if self.ranks is not None else None
+            self.keeper.take(self.engine, self.named, step=after, more=more)
         if self.schedule.evaluates_after(after):
             self._evaluate(after)
 
@@ -335,6 +350,7 @@ class Worker:
         """The version's files into storage; their key."""
         import torch.distributed as dist
 
+        from ftray.models import adalora
         from ftray.models.save import save_version
         from ftray.train import state
 
@@ -346,6 +362,8 @@ class Worker:
         with tempfile.TemporaryDirectory(prefix="ftray-version-") as folder:
             if self.rank == 0:
                 save_version(self.model, Path(folder), method=self.run.method, state=values, tokenizer=self.tokenizer)
+                if self.ranks is not None:
+                    self.storage.write_json(f"{self.folder.key}/ranks.json", adalora.ranks(values))
                 self.storage.remove(output)
                 self.storage.upload(Path(folder), output)
         self.watchdog.beat()

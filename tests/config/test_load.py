@@ -273,3 +273,23 @@ def test_every_key_has_a_description():
     from ftray.config.explain import sections_of
 
     walk(Run)
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "key", "said"),
+    [
+        ("prompt", "scale.zero=3", "scale.zero", "prompt trains under ZeRO 0 to 2, not 3; use zero: 2"),
+        ("loha", "scale.offload=nvme", "scale.offload", "nvme needs ZeRO 3, under which loha does not train"),
+        ("adalora", "scale.offload=cpu", "scale.offload", "adalora looks at every step's gradients"),
+        ("adalora", "method.start_rank=8", "method.start_rank", "8 leaves no rank to give up; use more than 8"),
+        ("prefix", "scale.gradient_checkpointing=true", "scale.gradient_checkpointing", "prefix is a cache"),
+        ("p_tuning", "data.packing=on", "data.packing", "p_tuning puts its tokens before each example"),
+        ("ia3", "method.rank=4", "method.rank", "unknown key for kind: ia3"),
+        ("prefix", "method.num_virtual_tokens=4", "method.num_virtual_tokens", "here it is method.tokens"),
+        ("promt", "seed=1", "method.kind", "there is no 'promt'; did you mean 'prompt'?"),
+        ("houlsby", "seed=1", "method.kind", "write kind: bottleneck with placement: houlsby"),
+    ],
+)
+def test_a_method_says_what_it_does_not_go_with(tmp_path, method, override, key, said):
+    found = problems(tmp_path, MINIMAL, f"method={{kind: {method}}}", override)
+    assert said in found[key]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ftray.config.schema import Full, Method, Model, Optim
+from ftray.config.schema import AdaLora, Full, Method, Model, Optim
 from ftray.train.layout import Layout
 
 ROWS, EPOCHS, BATCH, SAVED_AFTER, LONGEST = 13, 2, 6, 2, 40  # 5 steps, of which the last has only 2 rows
@@ -220,6 +220,7 @@ def train(variant: Variant, folder: Path) -> Curve:
     from ftray.train import state
     from ftray.train.deepspeed import build_engine, deepspeed_config, update
     from ftray.train.nvme import make_nvme_ready
+    from ftray.train.ranks import RankBudget
     from ftray.train.schedule import Windows
 
     began = time.monotonic()
@@ -247,13 +248,16 @@ def train(variant: Variant, folder: Path) -> Curve:
         attention=layout.attention,
         zero3=sharding is not None,
     )
-    model = adapt(model, variant.method, seed=SEED, fp32=layout.zero == 0)
+    model = adapt(model, variant.method, seed=SEED, fp32=layout.zero == 0, steps=schedule.steps)
     if layout.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     named = trainable(model)
     engine = build_engine(model, named=named, layout=layout, optim=optim, lr=schedule.lr, dtype=dtype)
     model.train()
+    ranks = None
+    if isinstance(variant.method, AdaLora):
+        ranks = RankBudget(model, engine, named, max_grad_norm=optim.max_grad_norm)
 
     checkpoints = Checkpoints(Storage(str(folder / "store")), variant.saves or variant.resumes or variant.name)
     keeper_module.SPREAD_BYTES = 0 if variant.spread else 2**40
@@ -263,6 +267,8 @@ def train(variant: Variant, folder: Path) -> Curve:
         checkpoint, tensors = keeper.newest()
         state.restore(engine, named, tensors, steps=checkpoint.step)
         first = checkpoint.step
+        if ranks is not None:
+            ranks.restore(tensors)
 
     autocast = torch.autocast("cpu", dtype) if layout.zero == 0 and dtype != torch.float32 else contextlib.nullcontext()
 
@@ -275,7 +281,10 @@ def train(variant: Variant, folder: Path) -> Curve:
         rows = windows.rows(step)
         torch.manual_seed(1000 * step + rank)  # dropout
         count = int(store.trained_counts[rows].sum())
-        done = update(engine, micros_of(store, rows, layout)[rank], loss, count=count, lr=schedule.lr_at(step))
+        micros = micros_of(store, rows, layout)[rank]
+        done = update(engine, micros, loss, count=count, lr=schedule.lr_at(step), ranks=ranks)
+        if ranks is not None:
+            ranks.after_step(step + 1, grad_norm=done.grad_norm)
         total = torch.tensor(sum(done.sums), dtype=torch.float64)
         dist.all_reduce(total)
         losses.append(total.item() / count)
@@ -283,7 +292,7 @@ def train(variant: Variant, folder: Path) -> Curve:
         if keeper.waiting:
             keeper.finish()
         if variant.saves and step + 1 == SAVED_AFTER:
-            keeper.take(engine, named, step=step + 1)
+            keeper.take(engine, named, step=step + 1, more=ranks.tensors() if ranks is not None else None)
     if variant.version:
         _write_version(variant, folder, model, dict(state.gather(engine, named, moments=False)))
     engine.destroy()
@@ -311,7 +320,7 @@ def _write_version(variant: Variant, folder: Path, model, values: dict[str, torc
     model.eval()
     with torch.no_grad():
         ids = torch.from_numpy(TokenStore.open(folder / "rows").ids(0).astype(np.int64))[None]
-        logits = model(input_ids=ids).logits.float()
+        logits = model(input_ids=ids).logits.float()[:, -ids.shape[1] :]
     if dist.get_rank() == 0:
         torch.save(logits, version / "logits")
 

@@ -154,6 +154,7 @@ def peft_folder(world, name, config, *, seed=5):
 def kinds():
     from peft import (
         IA3Config,
+        LNTuningConfig,
         LoHaConfig,
         LoKrConfig,
         LoraConfig,
@@ -161,8 +162,11 @@ def kinds():
         PrefixTuningConfig,
         PromptEncoderConfig,
         PromptTuningConfig,
+        TrainableTokensConfig,
         VeraConfig,
     )
+
+    from ftray.models.bottleneck import BottleneckConfig
 
     task, targets = {"task_type": "CAUSAL_LM"}, {"target_modules": ["q_proj", "v_proj", "down_proj"]}
     return {
@@ -174,6 +178,10 @@ def kinds():
         "ia3": IA3Config(**task, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
         "vera": VeraConfig(**task, target_modules=["q_proj"], r=8),
         "oft": OFTConfig(**task, target_modules=["q_proj"], oft_block_size=8, r=0),
+        "norms": LNTuningConfig(**task, target_modules=["input_layernorm", "norm"]),
+        "tokens": TrainableTokensConfig(**task, token_indices=list(range(7, 100))),
+        "houlsby": BottleneckConfig(**task, target_modules=["o_proj", "down_proj"], size=8, width=64),
+        "parallel": BottleneckConfig(**task, target_modules=["mlp"], size=8, width=64, parallel=True),
         "prefix": PrefixTuningConfig(**task, num_virtual_tokens=6),
         "prompt": PromptTuningConfig(**task, num_virtual_tokens=5),
         "p-tuning": PromptEncoderConfig(**task, num_virtual_tokens=5, encoder_hidden_size=32),

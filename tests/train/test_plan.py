@@ -414,7 +414,8 @@ def test_a_plan_reads_as_a_table_with_a_verdict(shapes):
     assert next(line for line in lines if "weights" in line).split() == ["weights", "15.2", "GiB"]
     assert lines[-2].endswith("of 80.0 GiB: fits")
     assert lines[-1].startswith("Course  1,000 steps of 16,384 tokens, about ")
-    assert len({line.index("iB") for line in lines[1:-1]}) == 1
+    assert lines[0] == "Learns  41,943,040 parameters, 0.522 % of the base's 8,030,261,248"
+    assert len({line.index("iB") for line in lines[2:-1]}) == 1
     assert json.loads(json.dumps(made.to_json()))["memory"]["total"] == made.memory.total
 
 

@@ -1,0 +1,87 @@
+"""Virtual tokens: what prompt methods (prefix, prompt, p_tuning) put before a text, in training, answers and files.
+
+A version holds what comes of the learning, one tensor: the embeddings, or for prefix tuning keys and values. An MLP
+that made them while training is not needed afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ftray.errors import ModelError
+
+TENSOR = "prompt_embeddings"
+
+
+def count(model: Any) -> int:
+    """Virtual tokens that the model puts before a text; 0 for another method, or while they are left away."""
+    config = _prompt_config(model)
+    return 0 if config is None or getattr(model, "_adapters_disabled", False) else config.num_virtual_tokens
+
+
+def embedded(model: Any) -> int:
+    """Those of them that are computed with the text, so that the model gives outputs for them too."""
+    config = _prompt_config(model)
+    return 0 if config is None or config.peft_type == "PREFIX_TUNING" else count(model)
+
+
+def cache(model: Any, rows: int) -> Any:
+    """A cache that holds the virtual tokens for so many rows: what an answer goes on from."""
+    from transformers import DynamicCache
+
+    config = _prompt_config(model)
+    assert config is not None
+    if config.peft_type == "PREFIX_TUNING":
+        return model.get_prompt(batch_size=rows)
+    base = model.get_base_model()
+    filled = DynamicCache(config=base.config.get_text_config(decoder=True))
+    embeds = model.get_prompt(batch_size=rows).to(base.get_input_embeddings().weight.dtype)
+    base(inputs_embeds=embeds, past_key_values=filled, use_cache=True)
+    return filled
+
+
+@contextmanager
+def left_away(model: Any) -> Iterator[None]:
+    """Inside, the model is its base: virtual tokens change it from the first step, other adapters begin as the base."""
+    if _prompt_config(model) is None:
+        yield
+        return
+    with model.disable_adapter():
+        yield
+
+
+def embeddings(model: Any, learnt: Mapping[str, Any]) -> Any:
+    """[virtual tokens, width]: what a version holds, computed in fp32 from what was learnt (names of `trainable`)."""
+    import torch
+
+    prefix = "prompt_encoder.default."
+    values = {name.removeprefix(prefix): tensor for name, tensor in learnt.items()}
+    tokens = torch.arange(model.peft_config["default"].num_virtual_tokens)
+    with torch.no_grad():
+        return torch.func.functional_call(model.prompt_encoder["default"], values, (tokens[None],))[0]
+
+
+def read_back(model: Any, path: Path) -> None:
+    """Puts a version's virtual tokens in place of what made them. ModelError where they do not fit."""
+    import torch
+    from safetensors.torch import load_file
+
+    found = load_file(path)
+    config, encoder = model.peft_config["default"], model.prompt_encoder["default"]
+    layers = 2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1
+    wanted = (config.num_virtual_tokens, layers * config.token_dim)
+    tensor = found.get(TENSOR)
+    if tensor is None or found.keys() != {TENSOR} or tuple(tensor.shape) != wanted:
+        shapes = {name: tuple(one.shape) for name, one in found.items()}
+        raise ModelError(f"{path.parent}: holds {shapes} where {TENSOR} {wanted} belongs; it comes from another method")
+    weight = encoder.embedding.weight
+    encoder.embedding = torch.nn.Embedding.from_pretrained(tensor.to(weight.device, weight.dtype))
+    config.inference_mode = True
+
+
+def _prompt_config(model: Any) -> Any:
+    config = getattr(model, "active_peft_config", None)
+    return config if config is not None and config.is_prompt_learning else None
