@@ -16,7 +16,13 @@ from ftray.store.runs import RunFolder
 from ftray.sweep.records import SweepFolder
 
 SWEEP, RUN = "jobs/sweeps/orders.yaml", "jobs/runs/orders.yaml"
-QUICK = ["data.eval_rows=100", "evaluate.generate_rows=0", "evaluate.forgetting=false", "name=orders-default", "evaluate.gate=[loss < base]"]
+QUICK = [
+    "data.eval_rows=100",
+    "evaluate.generate_rows=0",
+    "evaluate.forgetting=false",
+    "name=orders-default",
+    "evaluate.gate=[loss < base]",
+]
 
 console = Console()
 
