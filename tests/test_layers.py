@@ -26,7 +26,8 @@ ARROWS = {
     "evaluate": {"errors", "config", "store", "data", "models", "objectives"},
     "train": {"errors", "ray_cluster", "plain_template", "config", "store", "data", "models", "objectives", "evaluate"},
     "serve": {"errors", "ray_cluster", "plain_template", "config", "store", "models"},
-    "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "serve"},
+    "submit": {"errors", "config"},
+    "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "serve", "submit"},
 }
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
 
