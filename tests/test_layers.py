@@ -27,7 +27,20 @@ ARROWS = {
     "train": {"errors", "ray_cluster", "plain_template", "config", "store", "data", "models", "objectives", "evaluate"},
     "serve": {"errors", "ray_cluster", "plain_template", "config", "store", "models"},
     "submit": {"errors", "config"},
-    "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "serve", "submit"},
+    "doctor": {"errors", "ray_cluster", "config", "store", "models", "train"},
+    "cli": {
+        "errors",
+        "config",
+        "store",
+        "data",
+        "models",
+        "objectives",
+        "evaluate",
+        "train",
+        "serve",
+        "submit",
+        "doctor",
+    },
 }
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from ftray.cli import jobs
+from ftray.cli import checkup, jobs
 from ftray.cli.options import add_command, add_group, address, as_json, run_file
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     _submit(commands)
     _jobs(commands)
+    _doctor(commands)
 
 
 def _submit(commands: argparse._SubParsersAction) -> None:
@@ -31,7 +32,7 @@ def _submit(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--as",
         dest="run_command",
-        choices=("train", "sweep", "evaluate", "serve"),
+        choices=("train", "sweep", "evaluate", "serve", "doctor"),
         help="what to do with the file (default: what kind of file it is says)",
     )
     command.add_argument(
@@ -62,3 +63,20 @@ def _jobs(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("name", help="a job, or a run: its newest job")
     address(command)
+
+
+def _doctor(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "doctor",
+        checkup.doctor,
+        "look for what is wrong with a cluster, and say what to do",
+        "ftray doctor\nftray doctor run.yaml\nftray submit run.yaml --as doctor --address http://localhost:8265",
+        "Asks this machine and every node: versions, disk, shared memory, clocks, GPUs, token, and for an all-reduce;\n"
+        "with a run file also its storage and model. Holds no CPU and no GPU. The exit code is 2 after a fault.",
+    )
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="[run.yaml] key=value", help="the run file; dotted overrides"
+    )
+    command.add_argument("--ray", metavar="ADDRESS", help="the cluster, host:port (default: the one around us)")
+    as_json(command)

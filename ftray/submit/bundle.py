@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import yaml
 
@@ -17,8 +18,7 @@ from ftray.config.load import load_run, load_serving
 from ftray.errors import ConfigError
 
 LIMIT_BYTES = 100 * 2**20  # what a Ray dashboard takes in one upload; the archive is not compressed
-COMMANDS = ("train", "sweep", "evaluate", "serve")
-_SCRIPT = 'import sys\n\nfrom ftray.cli import job\n\nsys.exit(job.run("{command}"))\n'
+_SCRIPT = '"""{nonce}"""\n\nimport sys\n\nfrom ftray.cli import job\n\nsys.exit(job.run("{command}"))\n'
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def bundled(job: Wanted, root: Path) -> Iterator[Path]:
         folder = Path(temporary)
         package = Path(ftray.__file__).parent
         shutil.copytree(package, folder / "ftray", ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "job.py").write_text(_SCRIPT.format(command=job.command), encoding="utf-8")
+        # New each time: Ray names an upload by its content, and may delete it for the job before while it skips ours.
+        (folder / "job.py").write_text(_SCRIPT.format(command=job.command, nonce=uuid4().hex), encoding="utf-8")
         for name in job.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, folder / name)

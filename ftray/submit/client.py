@@ -17,6 +17,7 @@ from ftray.errors import ClusterError, ConfigError
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 LOST_S = 120.0  # how long a dashboard may be away while a job is followed
 STOP_S = 150.0
+YOUNG_S = 60.0  # a dashboard answers some seconds before it can take jobs
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN = "ftray_run"
 
@@ -49,13 +50,20 @@ class Jobs:
         """Submits. Where a job of this run goes on, that one's id instead: a run is never trained twice at once."""
         if going := self.of_run(run, command):
             return going
-        with self._answering():
-            return self._client.submit_job(
-                entrypoint=shlex.join([python, "job.py", *script_args]),
-                submission_id=f"{run}-{command}-{time.strftime('%Y%m%d-%H%M%S')}",
-                runtime_env={"working_dir": str(folder)},
-                metadata={RUN: run, "ftray_command": command},
-            )
+        end = time.monotonic() + YOUNG_S
+        while True:
+            try:
+                with self._answering():
+                    return self._client.submit_job(
+                        entrypoint=shlex.join([python, "job.py", *script_args]),
+                        submission_id=f"{run}-{command}-{time.strftime('%Y%m%d-%H%M%S')}",
+                        runtime_env={"working_dir": str(folder)},
+                        metadata={RUN: run, "ftray_command": command},
+                    )
+            except ClusterError as error:
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(1.0)
 
     def of_run(self, run: str, command: str) -> str | None:
         """The id of a job of this run that is not over."""

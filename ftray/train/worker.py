@@ -68,6 +68,7 @@ class _Worker:
         from ftray.store.checkpoints import Checkpoints
         from ftray.train.deepspeed import init_distributed
         from ftray.train.keeper import Keeper
+        from ftray.train.notice import Notices
 
         self.job, self.run, self.folder, self.started = job, run, folder, started
         self.storage = storage = folder.storage
@@ -76,6 +77,7 @@ class _Worker:
             torch.set_num_threads(max(1, int(self.layout.cpus_per_worker)))
         init_distributed(self.layout.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.notices = Notices(self.rank)
         self.device = ray.train.torch.get_device() if self.layout.device == "cuda" else torch.device("cpu")
         self.data = open_prepared(storage, job.data_key, Path(tempfile.gettempdir(), "ftray-data"))
         self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
@@ -229,8 +231,8 @@ class _Worker:
         except torch.OutOfMemoryError as error:
             self._halve(error)
             raise
-        sums = torch.tensor([sum(done.sums), float(self.keeper.busy)], dtype=torch.float64)
-        total, busy = summed(sums, self.layout.device).tolist()
+        sums = torch.tensor([sum(done.sums), float(self.keeper.busy), float(self.notices.due)], dtype=torch.float64)
+        total, busy, ask = summed(sums, self.layout.device).tolist()
         loss = total / max(1, int(counts.sum()))
         self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=done.sums, micros=micros)
         if self.keeper.waiting and not busy:
@@ -252,7 +254,8 @@ class _Worker:
                     "seconds": seconds,
                 }
             )
-        if self.schedule.checkpoints_after(after) or after == self.schedule.steps:
+        scheduled = self.schedule.checkpoints_after(after) or after == self.schedule.steps
+        if scheduled or (ask and self.notices.new()):
             self.keeper.take(self.engine, self.named, step=after)
         if self.schedule.evaluates_after(after):
             self._evaluate(after)
