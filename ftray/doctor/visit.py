@@ -45,19 +45,23 @@ def visit(address: str | None, run: Run | None) -> list[Finding]:
 def _reach(address: str | None) -> Finding | None:
     from ftray.ray_cluster import connect
 
+    # Ray tells a refused token no differently from a silent host, and tries a silent one for minutes.
+    where = address or os.environ["RAY_ADDRESS"]
+    if not _listens(where):
+        return Finding("fault", "cluster", f"nobody answers at {where}", "is its port open to this machine?")
     try:
         connect(address)
     except ClusterError as error:
-        # Ray tells a refused token no differently from a silent host, but then somebody listens at the port.
-        if _listens(address or os.environ["RAY_ADDRESS"]):
-            way_out = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
-            return Finding("fault", "token", f"somebody listens there, but refuses us: {error}", way_out)
-        return Finding("fault", "cluster", str(error), "is its port open to this machine?")
+        way_out = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+        return Finding("fault", "token", f"somebody listens there, but refuses us: {error}", way_out)
     return None
 
 
 def _listens(address: str) -> bool:
+    """Whether the port can be reached; True for `auto` and the like, which Ray looks up itself."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not host:
+        return True
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError):
