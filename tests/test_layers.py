@@ -27,7 +27,22 @@ ARROWS = {
     "train": {"errors", "ray_cluster", "plain_template", "config", "store", "data", "models", "objectives", "evaluate"},
     "sweep": {"errors", "config", "store", "data", "models", "evaluate", "train"},
     "serve": {"errors", "ray_cluster", "plain_template", "config", "store", "models"},
-    "cli": {"errors", "config", "store", "data", "models", "objectives", "evaluate", "train", "sweep", "serve"},
+    "submit": {"errors", "config"},
+    "doctor": {"errors", "ray_cluster", "config", "store", "models", "train"},
+    "cli": {
+        "errors",
+        "config",
+        "store",
+        "data",
+        "models",
+        "objectives",
+        "evaluate",
+        "train",
+        "sweep",
+        "serve",
+        "submit",
+        "doctor",
+    },
 }
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
 

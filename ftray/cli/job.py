@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 UPLOADS = "runtime_resources/working_dir_files"
+ON_USER_ERROR = "FTRAY_ON_USER_ERROR"
+"""`stop`: a job that ends with what a user can fix stops itself: KubeRay tries failed jobs again, stopped ones not."""
+STOPPING_S = 60
 
 
 def run(command: str) -> int:
@@ -16,7 +22,24 @@ def run(command: str) -> int:
     _settle()
     from ftray.cli import main
 
-    return main([command, *sys.argv[1:]])
+    code = main([command, *sys.argv[1:]])
+    if code == 2 and os.environ.get(ON_USER_ERROR) == "stop":
+        _stop_myself()
+    return code
+
+
+def _stop_myself() -> None:
+    """Comes back only where this is no Ray job, or its cluster does not answer."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    submission = job.get("metadata", {}).get("job_submission_id")
+    if not submission:
+        return
+    from ray.job_submission import JobSubmissionClient
+
+    with suppress(Exception):  # whatever Ray's client has to complain of: the exit code says it all the same
+        sys.stdout.flush()
+        JobSubmissionClient(os.environ.get("RAY_API_SERVER_ADDRESS")).stop_job(submission)
+        time.sleep(STOPPING_S)  # SIGTERM comes meanwhile
 
 
 def _settle() -> None:

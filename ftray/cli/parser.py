@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from ftray import __version__
-from ftray.cli import adapters, runs, serving, sweeping, training
-from ftray.cli.serving import STORAGE
+from ftray.cli import adapters, elsewhere, runs, serving, sweeping, training
+from ftray.cli.options import Parser, add_command, add_group, as_json, did_you_mean, number, run_file, storage
 
 METHODS = ("lora", "qlora", "freeze", "full", "pretrain")
 _OVERRIDES = """\
 Any key of the run file can be set for one run with a dotted override:
   optim.lr=2e-4   data.sources.0.weight=2   'method={kind: full}'   scale.workers=4"""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with a did-you-mean, and the command's own help named in its errors."""
-
-    def error(self, message: str) -> NoReturn:
-        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if choice:
-            known = re.findall(r"[\w-]+", choice[2])
-            message = (
-                f"there is no {choice[1]!r}; {_did_you_mean(choice[1], known) or 'choose from ' + ', '.join(known)}"
-            )
-        required = re.fullmatch(r"the following arguments are required: (.*)", message)
-        if required:
-            message = f"missing {required[1]}"
-        self.exit(2, f"ftray: {message}\nSee `{self.prog} --help`.\n")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -47,7 +27,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     unknown = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
     if unknown:
         known = [option for action in arguments.help_of._actions for option in action.option_strings]
-        hint = _did_you_mean(unknown[0].partition("=")[0], known)
+        hint = did_you_mean(unknown[0].partition("=")[0], known)
         arguments.help_of.error(f"unknown argument {unknown[0]}{'; ' + hint if hint else ''}")
     if rest:
         arguments.overrides += rest
@@ -76,11 +56,12 @@ def build() -> Parser:
     _adapters(commands)
     _serve(commands)
     _chat(commands)
+    elsewhere.add(commands)
     return parser
 
 
 def _init(commands: argparse._SubParsersAction) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "init",
         training.init,
@@ -99,7 +80,7 @@ def _init(commands: argparse._SubParsersAction) -> None:
 
 
 def _check(commands: argparse._SubParsersAction) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "check",
         training.check,
@@ -107,12 +88,12 @@ def _check(commands: argparse._SubParsersAction) -> None:
         "ftray check run.yaml\nftray check run.yaml scale.zero=3 --json",
         f"Prints the data report, an example with its trained tokens marked, and whether the run fits.\n\n{_OVERRIDES}",
     )
-    _run_file(command)
-    _json(command)
+    run_file(command)
+    as_json(command)
 
 
 def _train(commands: argparse._SubParsersAction) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "train",
         training.train,
@@ -121,15 +102,15 @@ def _train(commands: argparse._SubParsersAction) -> None:
         f"The same command after a crash of anything resumes from the newest complete checkpoint.\n\n{_OVERRIDES}",
     )
     command.set_defaults(resumes=True)
-    _run_file(command)
+    run_file(command)
     command.add_argument(
         "--fresh", action="store_true", help="start over: delete what an earlier run of this name left"
     )
-    _json(command)
+    as_json(command)
 
 
 def _sweep(commands: argparse._SubParsersAction) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "sweep",
         sweeping.sweep,
@@ -142,11 +123,11 @@ def _sweep(commands: argparse._SubParsersAction) -> None:
     command.add_argument("file", help="the sweep file")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides")
     command.add_argument("--fresh", action="store_true", help="start over: delete what an earlier start left")
-    _json(command)
+    as_json(command)
 
 
 def _evaluate(commands: argparse._SubParsersAction) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "evaluate",
         training.evaluate,
@@ -154,19 +135,19 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
         "ftray evaluate run.yaml\nftray evaluate run.yaml --ref coffee-bot@v3 evaluate.generate_rows=500",
         _OVERRIDES,
     )
-    _run_file(command)
+    run_file(command)
     command.add_argument(
         "--ref", help="a version or alias, e.g. coffee-bot@v3 (default: the run's name: its @prod, or else its newest)"
     )
-    _json(command)
+    as_json(command)
 
 
 def _runs(commands: argparse._SubParsersAction) -> None:
-    group = _group(commands, "runs", "what was trained, and how far it got")
-    command = _command(group, "list", runs.list_, "every run under the storage root", "ftray runs list")
-    _storage(command)
-    _json(command)
-    command = _command(
+    group = add_group(commands, "runs", "what was trained, and how far it got")
+    command = add_command(group, "list", runs.list_, "every run under the storage root", "ftray runs list")
+    storage(command)
+    as_json(command)
+    command = add_command(
         group,
         "show",
         runs.show,
@@ -174,25 +155,25 @@ def _runs(commands: argparse._SubParsersAction) -> None:
         "ftray runs show coffee-bot",
     )
     command.add_argument("name")
-    _storage(command)
-    _json(command)
+    storage(command)
+    as_json(command)
 
 
 def _adapters(commands: argparse._SubParsersAction) -> None:
-    group = _group(commands, "adapters", "the registry: versions and the aliases that point at them")
+    group = add_group(commands, "adapters", "the registry: versions and the aliases that point at them")
 
     def add(name: str, function: Callable, about: str, examples: str, subject: str | None, what: str = "") -> Parser:
-        command = _command(group, name, function, about, examples)
+        command = add_command(group, name, function, about, examples)
         if subject:
             command.add_argument(subject, help=what)
-        _storage(command)
+        storage(command)
         return command
 
     ref = "a version or alias: coffee-bot@v3, coffee-bot@prod; the bare name is @prod, or else the newest"
     version = "a version by its number: coffee-bot@v3"
     base = "the base, where it now lies elsewhere (default: as the card names it)"
-    _json(add("list", adapters.list_, "every adapter, its versions and aliases", "ftray adapters list", None))
-    _json(add("show", adapters.show, "a version's card", "ftray adapters show coffee-bot@v3", "ref", ref))
+    as_json(add("list", adapters.list_, "every adapter, its versions and aliases", "ftray adapters list", None))
+    as_json(add("show", adapters.show, "a version's card", "ftray adapters show coffee-bot@v3", "ref", ref))
 
     command = add(
         "promote",
@@ -264,7 +245,7 @@ def _adapters(commands: argparse._SubParsersAction) -> None:
 
 
 def _serve(commands: argparse._SubParsersAction) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "serve",
         serving.serve,
@@ -285,11 +266,11 @@ def _serve(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--new-key", metavar="NAME", help="make a key, and print its entry for the serve file")
     command.add_argument("--admin", action="store_true", help="with --new-key: it may also promote, load and unload")
     command.add_argument("--config-out", metavar="FILE", help="write a Ray Serve config instead (- is the terminal)")
-    _json(command)
+    as_json(command)
 
 
 def _chat(commands: argparse._SubParsersAction) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "chat",
         serving.chat,
@@ -310,68 +291,9 @@ def _chat(commands: argparse._SubParsersAction) -> None:
     command.add_argument("-m", "--message", metavar="TEXT", help="ask this, print the answer alone, and end (-: stdin)")
     command.add_argument("--system", metavar="TEXT", help="system prompt")
     command.add_argument(
-        "--temperature", type=_number(0, 2), default=0.0, help="0: the likeliest answer (default); 1: the model's own"
+        "--temperature", type=number(0, 2), default=0.0, help="0: the likeliest answer (default); 1: the model's own"
     )
-    command.add_argument("--max-new-tokens", type=_number(1, whole=True), metavar="N", help="longest answer")
+    command.add_argument("--max-new-tokens", type=number(1, whole=True), metavar="N", help="longest answer")
     command.add_argument("--seed", type=int, help="the same answer again")
-    _storage(command)
-    _json(command)
-
-
-def _command(
-    commands: argparse._SubParsersAction, name: str, function: Callable, about: str, examples: str, more: str = ""
-) -> Parser:
-    lines = "\n".join(f"  {line}" for line in examples.splitlines())
-    command = commands.add_parser(
-        name,
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}." + (f"\n{more}" if more else ""),
-        epilog=f"examples:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.set_defaults(command=function, help_of=command)
-    return command
-
-
-def _group(commands: argparse._SubParsersAction, name: str, about: str) -> argparse._SubParsersAction:
-    group = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
-    group.set_defaults(help_of=group)
-    return group.add_subparsers(title="commands", metavar="<command>", parser_class=Parser)
-
-
-def _run_file(command: Parser) -> None:
-    command.add_argument("file", help="the run file")
-    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides")
-
-
-def _storage(command: Parser) -> None:
-    where = os.environ.get(STORAGE, "./ftray-store")
-    command.add_argument(
-        "--storage", default=where, metavar="ROOT", help=f"folder or URI (default: ${STORAGE} or ./ftray-store)"
-    )
-
-
-def _json(command: Parser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON for scripts")
-
-
-def _number(low: float, high: float = float("inf"), *, whole: bool = False) -> Callable[[str], float]:
-    """A number in a range, for argparse."""
-
-    def read(text: str) -> float:
-        try:
-            value = int(text) if whole else float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            between = f"from {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if whole else ''}number {between}")
-        return value
-
-    return read
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else ""
+    storage(command)
+    as_json(command)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import gc
 import json
+import math
 import os
 import socket
 import time
@@ -46,6 +47,8 @@ class Bench:
 
 class Solo(Worker):
     """The worker of one trial: `begin`, `advance` to the step of each report, `finish`; and `close`, whatever comes."""
+
+    ASK_S = math.inf  # a sweep's trials are not Ray Train's to warn
 
     def __init__(self, job: Job, run: Run, folder: RunFolder, bench: Bench, *, metric: str):
         bench.prepare(job.layout.device)

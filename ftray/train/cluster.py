@@ -49,7 +49,7 @@ def this_machine() -> list[Node]:
     """This machine as the only node, without starting Ray."""
     import psutil
 
-    gpus = _gpus()
+    gpus = gpus_here()
     return [
         Node(
             name="this machine",
@@ -67,7 +67,7 @@ def _with_gpu_memory(found: list[Node]) -> list[Node]:
 
     if not any(node.gpus for node in found):
         return found
-    ask = ray.remote(num_cpus=0)(_gpus)  # no GPU: they may all be taken, and nvidia-smi sees them without
+    ask = ray.remote(num_cpus=0)(gpus_here)  # no GPU: they may all be taken, and nvidia-smi sees them without
     asked = [ask.options(resources={f"node:{node.name}": 0.001}).remote() for node in found if node.gpus]
     answers: Iterator[list[tuple[int, str]]] = iter(_all(asked))
     return [
@@ -89,7 +89,7 @@ def _all(answers: list[Any]) -> list[Any]:
         ) from None
 
 
-def _gpus() -> list[tuple[int, str]]:
+def gpus_here() -> list[tuple[int, str]]:
     """(bytes of memory, name) of each GPU of this machine; empty where there is none."""
     if not shutil.which("nvidia-smi"):
         return []

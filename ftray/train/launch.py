@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftray.config import load
@@ -25,7 +25,7 @@ from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
-from ftray.train import cluster, plan, resolve
+from ftray.train import cluster, plan, resolve, scaling
 from ftray.train.group import fit
 from ftray.train.known import Known
 from ftray.train.layout import Layout, Node
@@ -197,6 +197,15 @@ def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
         steps=schedule.steps,
         tokens_per_step=tokens,
     )
+    if run.scale.checkpoint_every == "auto" and predicted.seconds:
+        every = scaling.checkpoint_every(
+            known.shape,
+            method=run.method,
+            workers=layout.workers,
+            steps=schedule.steps,
+            step_s=predicted.seconds / schedule.steps,
+        )
+        schedule = replace(schedule, checkpoint_every=every)
     settings = {
         "device": layout.device,
         "workers": layout.workers,

@@ -17,6 +17,7 @@ from typing import Any
 
 from ftray.config.schema import AdaLora, Run
 from ftray.errors import FtrayError, ModelError, TrainError
+from ftray.train import notice
 from ftray.train.layout import Layout
 from ftray.train.schedule import Schedule, Windows
 
@@ -61,6 +62,8 @@ def train_loop(job: Job) -> None:
 class Worker:
     """One process of a run. `sweep` makes another of it, which keeps the base and the data between trials."""
 
+    ASK_S = notice.ASK_S
+
     def __init__(self, job: Job, run: Run, folder, started: float):
         import torch
         import torch.distributed as dist
@@ -76,6 +79,7 @@ class Worker:
             torch.set_num_threads(max(1, int(self.layout.cpus_per_worker)))
         init_distributed(self.layout.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.notices = notice.Notices(self.rank, self.ASK_S)
         self.device = self._device() if self.layout.device == "cuda" else torch.device("cpu")
         self.data = self._data()
         self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
@@ -263,8 +267,8 @@ class Worker:
         except torch.OutOfMemoryError as error:
             self._halve(error)
             raise
-        sums = torch.tensor([sum(done.sums), float(self.keeper.busy)], dtype=torch.float64)
-        total, busy = summed(sums, self.layout.device).tolist()
+        sums = torch.tensor([sum(done.sums), float(self.keeper.busy), float(self.notices.due)], dtype=torch.float64)
+        total, busy, ask = summed(sums, self.layout.device).tolist()
         loss = total / max(1, int(counts.sum()))
         self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=done.sums, micros=micros)
         if self.ranks is not None:
@@ -288,7 +292,8 @@ class Worker:
                     "seconds": seconds,
                 }
             )
-        if self.schedule.checkpoints_after(after) or after == self.schedule.steps:
+        scheduled = self.schedule.checkpoints_after(after) or after == self.schedule.steps
+        if scheduled or (ask and self.notices.new()):
             more = self.ranks.tensors() if self.ranks is not None else None
             self.keeper.take(self.engine, self.named, step=after, more=more)
         if self.schedule.evaluates_after(after):

@@ -162,3 +162,31 @@ def test_a_frozen_worker_leaves_the_others_stacks_and_the_run_goes_on(cluster, r
 
 def _storage(run):
     return Storage(run.storage)
+
+
+def test_a_node_that_is_taken_away_with_notice_costs_a_step_or_two(cluster, run_file, monkeypatch):
+    """No checkpoint is due for a thousand steps: what saves the run is the one that the notice brings."""
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    live = Live(load_run(run_file(optim__steps=400, scale__checkpoint_every=1000)))
+    live.wait_for_step(5)
+    node_id = live.rows("started")[0]["node"]
+    node = next(node for node in cluster.list_all_nodes() if node.node_id == node_id)
+    noticed = time.monotonic()
+    gcs = ray._raylet.GcsClient(address=cluster.address)
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    accepted, why = gcs.drain_node(node_id, reason, "spot", int((time.time() + 60) * 1000))
+    assert accepted, why
+    try:
+        saved = live.wait_for(lambda: live.rows("checkpoint"), timeout_s=50)[0]["step"]
+        print(f"notice: checkpoint complete after {time.monotonic() - noticed:.0f} s, at step {saved}")
+        assert saved < 400
+        cluster.remove_node(node, allow_graceful=False)
+        live.wait_for(lambda: len(live.rows("started")) > 1, timeout_s=200)
+        print(f"notice: training again after {time.monotonic() - noticed:.0f} s")
+        assert live.rows("started")[1]["step"] == saved
+    finally:
+        cluster.add_node(num_cpus=NODE_CPUS)
+    assert live.end().version == "faults@v1"

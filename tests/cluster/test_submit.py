@@ -1,9 +1,11 @@
-"""`ray job submit` from a folder full of data and caches, to a cluster whose workers are other nodes than the head."""
+"""`ray job submit` and `ftray submit` to a cluster whose workers are other nodes than the head."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,9 +40,13 @@ def test_a_submitted_job_trains_on_the_nodes_and_uploads_little(cluster, clutter
     command = [str(ray), "job", "submit", "--address", address, "--working-dir", "."]
     command += ["--", sys.executable, "jobs/train.py", "jobs/runs/submitted.yaml"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        command, cwd=cluttered_checkout, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    for _ in range(30):
+        done = subprocess.run(
+            command, cwd=cluttered_checkout, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        if "No available agent" not in done.stderr:  # the cluster is too young to take jobs
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "submitted@v1" in done.stdout
     assert (tmp_path / "store/adapters/submitted/v1/adapter_model.safetensors").exists()
@@ -48,3 +54,57 @@ def test_a_submitted_job_trains_on_the_nodes_and_uploads_little(cluster, clutter
     unpacked = [path for path in uploads.rglob("*") if path.is_file()]
     assert any(path.name == "train.py" for path in unpacked)
     assert sum(path.stat().st_size for path in unpacked) < CLUTTER
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch, orders):
+    """A folder that is not on the cluster, with a run's data; the current one."""
+    folder = tmp_path / "away"
+    (folder / "rows").mkdir(parents=True)
+    shutil.copy(orders / "train.jsonl", folder / "rows")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return folder
+
+
+def ftray(cluster, *words, python=False):
+    from ftray.cli import main
+
+    more = ["--python", sys.executable] if python else []
+    return main([*words, "--address", f"http://{cluster.head_node.webui_url}", *more])
+
+
+def test_a_run_is_submitted_from_elsewhere_followed_and_listed(cluster, away, run_file, capfd):
+    file = run_file(name="sent", data__sources=["rows/train.jsonl"], optim__steps=4, scale__checkpoint_every=2)
+    shutil.move(file, away / "run.yaml")
+    assert ftray(cluster, "submit", "run.yaml", "optim.lr=1e-3", python=True) == 0
+    told = capfd.readouterr()
+    assert "sent@v1" in told.out
+    assert "ftray jobs stop sent-train-" in told.err
+    assert ftray(cluster, "submit", "run.yaml", "optim.lr=1e-3", python=True) == 0  # by its name: it is finished
+    assert "is finished" in capfd.readouterr().out
+    assert ftray(cluster, "jobs", "list", "--json") == 0
+    ours = [job for job in json.loads(capfd.readouterr().out) if job["run"] == "sent"]
+    assert [(job["status"], job["code"]) for job in ours] == [("SUCCEEDED", 0)] * 2
+    assert ftray(cluster, "jobs", "logs", "sent") == 0
+    assert "is finished" in capfd.readouterr().out
+
+
+def test_an_error_of_the_user_comes_back_with_its_message_and_code(cluster, away, run_file, capfd):
+    (away / "rows" / "empty.jsonl").write_text("")
+    shutil.move(run_file(name="wrong", data__sources=["rows/empty.jsonl"]), away / "run.yaml")
+    assert ftray(cluster, "submit", "run.yaml", python=True) == 2
+    told = capfd.readouterr()
+    assert "empty.jsonl" in told.out
+    assert "FAILED" in told.err
+
+
+def test_a_job_that_goes_on_is_not_submitted_again_and_can_be_stopped_by_its_run(cluster, away, run_file, capfd):
+    shutil.move(run_file(name="endless", data__sources=["rows/train.jsonl"], optim__steps=5000), away / "run.yaml")
+    ids = []
+    for _ in range(2):
+        assert ftray(cluster, "submit", "run.yaml", "--no-wait", "--json", python=True) == 0
+        ids.append(json.loads(capfd.readouterr().out)["job"])
+    assert ids[0] == ids[1]
+    assert ftray(cluster, "jobs", "stop", "endless") == 0
+    assert "STOPPED" in capfd.readouterr().out
