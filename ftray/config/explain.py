@@ -83,6 +83,9 @@ def problems(root: type[BaseModel], raw: Any, errors: Sequence[Mapping[str, Any]
         by_path.setdefault(_path_in_file(error, raw), []).append(error)
     found: list[Problem] = []
     for path, here in by_path.items():
+        inner = any(other[: len(path)] == path for other in by_path if other != path)
+        if inner and all(error["type"].endswith("_type") for error in here):
+            continue  # of a union, the member that was meant fits but for a value inside it
         found += _explain(root, raw, path, here)
     return found
 

@@ -22,6 +22,9 @@ NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 GATE_PATTERN = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\s*")
 
 
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+
+
 def safe_name(value: str) -> str:
     """For the names that become paths and applications."""
     if not NAME_PATTERN.fullmatch(value):
@@ -127,7 +130,9 @@ class Optim(Section):
 
 
 class Scale(Section):
-    workers: int = Field(1, ge=1, description="processes that train together")
+    workers: Count | tuple[Count, Count] = Field(
+        1, description="processes that train together; [2, 8]: as many of them as the cluster has room for"
+    )
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = Field(
         "auto", description="auto: 1 where the cluster has GPUs"
     )
@@ -145,6 +150,23 @@ class Scale(Section):
         1800, gt=0, description="a step that takes longer is a hang: stacks are kept, workers restart"
     )
     address: str | None = Field(None, description="Ray cluster; none: the one around us, or a local one")
+
+    @property
+    def least(self) -> int:
+        """Workers that a run needs."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most(self) -> int:
+        """Workers that a run takes where there is room."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
+    @field_validator("workers")
+    @classmethod
+    def _least_first(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[{value[0]}, {value[1]}]: the smaller number stands first")
+        return value
 
     @field_validator("checkpoint_every")
     @classmethod
@@ -218,7 +240,10 @@ class Run(Section):
 
 def _disagreements(run: Run):
     optim, scale, method = run.optim, run.scale, run.method
-    if optim.batch_size % scale.workers:
+    if isinstance(scale.workers, tuple):
+        if optim.batch_size < scale.most:
+            yield f"optim.batch_size: {optim.batch_size} examples are fewer than {scale.most} workers; try {scale.most}"
+    elif optim.batch_size % scale.workers:
         fit = max(scale.workers, round(optim.batch_size / scale.workers) * scale.workers)
         yield f"optim.batch_size: {optim.batch_size} does not divide over {scale.workers} workers; try {fit}"
     elif optim.micro_batch_size != "auto" and optim.batch_size % (optim.micro_batch_size * scale.workers):

@@ -202,8 +202,10 @@ def _disagreements(sweep: Sweep):
             yield "trials: a population needs 2 or more"
         if sweep.finalists.count:
             yield "finalists: what PBT finds is a course of rates, not a run file; leave finalists out"
-        if run.scale.workers > 1:
+        if run.scale.most > 1:
             yield "stopping: PBT copies weights between trials of one worker; use asha, or scale.workers: 1"
+    if run.scale.least != run.scale.most:
+        yield "run: scale.workers is a range; trials are compared, so give it one number"
     if "optim.epochs" in space and run.optim.steps is not None and "optim.steps" not in space:
         yield "space: optim.epochs changes nothing while the run has optim.steps; add set: {optim.steps: null}"
     if sweep.alpha_per_rank and "method.alpha" in space:

@@ -67,7 +67,7 @@ class Planner:
     def workers(self) -> int:
         """Of the largest trial."""
         one = self.sweep.space.get("scale.workers")
-        return max([int(end) for end in ends(one)] if one else [self.sweep.run.scale.workers])
+        return max([int(end) for end in ends(one)] if one else [self.sweep.run.scale.most])
 
     @property
     def _fixed_cpus(self) -> bool:
@@ -189,7 +189,7 @@ def check_metric(sweep: Sweep) -> None:
         problem = f"no trial reports {metric} with evaluate.generate_rows: 0; set it, or use loss"
     elif metric == "general_loss" and not evaluate.forgetting:
         problem = "no trial reports general_loss with evaluate.forgetting: false"
-    elif metric not in LOSSES and sweep.run.scale.workers > 1 and sweep.stopping.kind != "none":
+    elif metric not in LOSSES and sweep.run.scale.most > 1 and sweep.stopping.kind != "none":
         problem = (
             f"trials of several workers report loss on the way and {metric} at their end; use loss, or no stopping"
         )

@@ -20,6 +20,8 @@ from ftray.train.schedule import Schedule
 from ftray.train.track import open_trackers
 from ftray.train.worker import Job, entry
 
+RESIZE_S = 60.0  # between looks for room for more workers; growing repeats the steps since the last checkpoint
+
 
 class Checked(Protocol):
     """What the group needs of a checked run."""
@@ -71,7 +73,8 @@ def fit(
         entry,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=checked.layout.workers,
+            num_workers=run.scale.workers,
+            elastic_resize_monitor_interval_s=RESIZE_S,
             use_gpu=checked.layout.device == "cuda",
             resources_per_worker=resources,
         ),

@@ -97,7 +97,7 @@ class Display:
         self.silent = silent
         self.terminal = sys.stderr.isatty() and not silent
         self._said = 0.0
-        self._started = False
+        self._workers = 0
         self._bar: Any = None
         self._task: Any = None
 
@@ -131,8 +131,8 @@ class Display:
                 self._say(f"step {row['step']}: held-out loss {row['loss']:.4f}")
             elif kind == "started":
                 how = f"resumed after step {row['step']}" if row["resumed"] else "workers ready"
-                self._say(f"{'a worker was lost; ' if self._started else ''}{how} ({row['seconds']:.0f} s)")
-                self._started = True
+                self._say(f"{self._change(row['workers'])}{how} ({row['seconds']:.0f} s)")
+                self._workers = row["workers"]
             elif kind in ("phase", "warning"):
                 self._say(row["text"])
 
@@ -143,6 +143,13 @@ class Display:
         elif time.monotonic() - self._said > LINE_EVERY_S or row["step"] == self.steps:
             self._said = time.monotonic()
             self._say(f"step {row['step']}/{self.steps}  {numbers}")
+
+    def _change(self, workers: int) -> str:
+        if not self._workers:
+            return ""
+        if workers > self._workers:
+            return f"room for {workers} workers; "
+        return f"a worker was lost, {workers} go on; " if workers < self._workers else "a worker was lost; "
 
     def _say(self, text: str) -> None:
         if self._bar:

@@ -16,7 +16,7 @@ CPU_TOKENS = 4096  # tokens of a micro-batch on CPUs: more gained nothing on two
 
 
 def place(scale: Scale, nodes: Sequence[Node]) -> tuple[float, float]:
-    """(gpus, cpus) per worker, with `auto` resolved to what lets all workers start at once.
+    """(gpus, cpus) per worker, with `auto` resolved to what lets the workers start at once: of a range as many as can.
 
     Raises ClusterError at once when they cannot: Ray would wait in silence for nodes that never come.
     """
@@ -25,9 +25,10 @@ def place(scale: Scale, nodes: Sequence[Node]) -> tuple[float, float]:
         gpus = 1.0 if any(node.gpus for node in nodes) else 0.0
     cpus = scale.cpus_per_worker
     candidates = [cpus] if cpus != "auto" else [float(c) for c in range(16, 0, -1)]
-    for candidate in candidates:
-        if seats(nodes, gpus, candidate) >= scale.workers:
-            return gpus, candidate
+    for wanted in range(scale.most, scale.least - 1, -1):
+        for candidate in candidates:
+            if seats(nodes, gpus, candidate) >= wanted:
+                return gpus, candidate
     raise ClusterError(_too_many(scale, nodes, gpus=gpus, cpus=candidates[-1]))
 
 
@@ -40,9 +41,9 @@ def _too_many(scale: Scale, nodes: Sequence[Node], *, gpus: float, cpus: float) 
     need = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
     have = ", ".join(f"{n.name}: {n.cpus:g} CPU" + (f" {n.gpus:g} GPU" if n.gpus else "") for n in nodes) or "no nodes"
     way_out = f"set scale.workers: {room}" if room else "add nodes"
-    smaller = ", or a smaller cpus_per_worker" if room < scale.workers and not gpus else ", or add nodes"
+    smaller = ", or a smaller cpus_per_worker" if room < scale.least and not gpus else ", or add nodes"
     return (
-        f"scale.workers: {scale.workers} workers with {need} each, and the cluster has room for {room} ({have}); "
+        f"scale.workers: {scale.least} workers with {need} each, and the cluster has room for {room} ({have}); "
         f"{way_out}{smaller if room else ''}"
     )
 
@@ -66,7 +67,7 @@ def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool) -> La
     elif packing and attention in ("eager", "sdpa"):
         packing = False  # those kernels know no packed rows
     layout = Layout(
-        workers=scale.workers,
+        workers=scale.least,  # what fits must fit when only these are left
         device=device,
         gpus_per_worker=gpus,
         cpus_per_worker=cpus,
@@ -84,7 +85,7 @@ def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool) -> La
     layout = replace(layout, zero=_zero(run, layout, shape, memory))
     if dtype == "fp16" and layout.zero == 0:
         raise ConfigError(run.name, [("scale.zero", "fp16 keeps its fp32 copy in ZeRO; use zero: 1 or more, or bf16")])
-    return _sized(run, layout, shape, memory, method)
+    return replace(_sized(run, layout, shape, memory, method), workers=min(scale.most, seats(nodes, gpus, cpus)))
 
 
 def _zero(run: Run, layout: Layout, shape: Shape, memory: int) -> int:
@@ -97,7 +98,7 @@ def _zero(run: Run, layout: Layout, shape: Shape, memory: int) -> int:
     if scale.offload != "none":
         return 3 if scale.offload == "nvme" else 2
     least = 1 if layout.dtype == "fp16" else 0
-    if scale.workers == 1:
+    if scale.most == 1:
         return least
     if memory and shards(run.method) and not getattr(run.method, "bits", None):
         used = plan.predict(

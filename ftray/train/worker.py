@@ -79,6 +79,7 @@ class Worker:
             torch.set_num_threads(max(1, int(self.layout.cpus_per_worker)))
         init_distributed(self.layout.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.layout = replace(self.layout, workers=self.world)  # a range of workers is not always at its full number
         self.notices = notice.Notices(self.rank, self.ASK_S)
         self.device = self._device() if self.layout.device == "cuda" else torch.device("cpu")
         self.data = self._data()
@@ -226,6 +227,7 @@ class Worker:
                 "step": first,
                 "seconds": time.monotonic() - self.started,
                 "resumed": found is not None,
+                "workers": self.world,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "node": self._node(),

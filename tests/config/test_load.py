@@ -105,6 +105,14 @@ def test_a_misspelt_key_gets_the_nearest_one_and_its_line(tmp_path):
         ("track: {to: wandb}", "track.to", "expected a list"),
         ("evaluate: {gate: [loss is low]}", "evaluate.gate", "cannot read 'loss is low'"),
         (
+            "scale: {workers: [4, 2]}",
+            "scale.workers",
+            "[4, 2]: the smaller number stands first",
+        ),
+        ("scale: {workers: [0, 2]}", "scale.workers.0", "must be at least 1, got 0"),
+        ("scale: {workers: [1, 2, 3]}", "scale.workers", "a whole number or a list of 2, each a whole number"),
+        ("scale: {workers: [2, 64]}", "optim.batch_size", "16 examples are fewer than 64 workers; try 64"),
+        (
             "optim: {batch_size: 33}\nscale: {workers: 2}",
             "optim.batch_size",
             "33 does not divide over 2 workers; try 32",

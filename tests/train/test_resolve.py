@@ -58,6 +58,16 @@ def test_workers_share_the_cpus_that_let_all_start_at_once():
     assert place(Scale(workers=3), [CPUS]) == (0, 1)
     assert place(Scale(workers=3), [CPUS, Node("b", cpus=2)]) == (0, 2)
     assert place(Scale(workers=1), [Node("big", cpus=96)]) == (0, 16)
+    assert place(Scale(workers=(2, 3)), [CPUS]) == (0, 1)
+    assert place(Scale(workers=(2, 8)), [CPUS]) == (0, 1), "as many as there is room for"
+
+
+def test_a_range_of_workers_is_laid_out_for_what_is_there_and_sized_for_the_least(small):
+    run = run_of(data=rows(max_length=64), optim={"batch_size": 12}, scale={"workers": [2, 6]})
+    layout = lay_out(run, nodes=[CPUS], shape=small, packs=True)
+    assert (layout.workers, layout.micro_batch_size, layout.zero) == (4, 6, 2)
+    with pytest.raises(ClusterError, match="5 workers with 1 CPU each"):
+        place(Scale(workers=(5, 6)), [CPUS])
 
 
 def test_a_gpu_each_where_there_are_gpus_and_a_head_without_any_is_left_out():
