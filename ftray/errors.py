@@ -59,6 +59,10 @@ class TrainError(FtrayError):
     """The run stopped on something the user can fix: a NaN, a batch that does not fit in memory, an unfinished run."""
 
 
+class Stopped(FtrayError):
+    """The run was asked to stop and has left a checkpoint; the same command resumes it."""
+
+
 class ServeError(FtrayError):
     """A server cannot start, or cannot answer a request. `status` is its HTTP status, `code` OpenAI's word for it."""
 

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from ftray.cli import parser
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, Stopped
 
 DEBUG = "FTRAY_DEBUG"  # set to 1: a fixable error shows its traceback too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 2 what the user can fix, 130 interrupted."""
+    """Runs one command and returns its exit code: 0 done, 2 what the user can fix, 130 interrupted, 143 stopped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a '–' must not end a run on a terminal that cannot show it
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.command(arguments)
         sys.stdout.flush()  # so that a closed pipe is seen here and not at exit
         return int(code)
+    except Stopped as stopped:
+        print(f"ftray: {stopped}", file=sys.stderr)
+        return 143
     except FtrayError as error:
         if os.environ.get(DEBUG) == "1":
             raise

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from ftray import errors
 from ftray.config.schema import Run
-from ftray.errors import TrainError
+from ftray.errors import Stopped, TrainError
 from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
 from ftray.train.known import Known
@@ -92,14 +95,37 @@ def fit(
         first = max((row.get("step", 0) for row in folder.metrics() if row.get("kind") == "checkpoint"), default=0)
         sinks = open_trackers(run, storage, folder.key, stack, first=first)
         display = stack.enter_context(Display(checked.schedule.steps, silent=silent))
-        stack.enter_context(Follower(events, folder, sinks=[display.show, *sinks]))
+        follower = stack.enter_context(Follower(events, folder, sinks=[display.show, *sinks]))
         try:
-            trainer.fit()
+            with _on_sigterm(follower):
+                trainer.fit()
         except TrainingFailedError as error:
             _raise_verdict(folder)
             raise TrainError(_last_words(run, error)) from error
     _raise_verdict(folder)
     storage.remove(f"{folder.key}/ray")
+    if follower.stopped_at is not None:
+        raise Stopped(f"run {run.name} stopped after step {follower.stopped_at}; the same command resumes it")
+
+
+@contextmanager
+def _on_sigterm(follower: Follower) -> Iterator[None]:
+    """The first SIGTERM asks the workers for a checkpoint and their end; a second one ends this process at once."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if follower.stop_asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        follower.ask_to_stop()
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def for_workers(run: Run, storage: Storage) -> dict[str, Any]:

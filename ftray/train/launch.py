@@ -16,7 +16,7 @@ from ftray.config import load
 from ftray.config.schema import Run
 from ftray.data.order import epoch_rows
 from ftray.data.report import DataReport
-from ftray.errors import ConfigError, FtrayError, ModelError
+from ftray.errors import ConfigError, FtrayError, ModelError, Stopped
 from ftray.evaluate.compare import check_gate
 from ftray.models.adapt import default_lr
 from ftray.models.load import fingerprint
@@ -168,7 +168,8 @@ def _failure_noted(folder: RunFolder, lease: Lease) -> Iterator[None]:
         yield
     except FtrayError as error:
         if not lease.lost:  # else the folder is another driver's by now
-            folder.set_state(status="failed", error=str(error))
+            stopped = isinstance(error, Stopped)
+            folder.set_state(status="stopped" if stopped else "failed", error=None if stopped else str(error))
         raise
 
 

@@ -18,10 +18,11 @@ LINE_EVERY_S = 10.0  # where the output is no terminal
 
 
 class Events:
-    """An actor without a CPU of its own that holds rows until the driver fetches them."""
+    """An actor without a CPU of its own between driver and workers: rows one way, the word to stop the other way."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.stopping = False
 
     def put(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -30,12 +31,20 @@ class Events:
         rows, self.rows = self.rows, []
         return rows
 
+    def stop(self) -> None:
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        return self.stopping
+
 
 class Follower:
     """Fetches rows from the actor in a thread, until `with` ends."""
 
     def __init__(self, events, folder: RunFolder, *, sinks: list[Sink]):
         self.events, self.folder, self.sinks = events, folder, sinks
+        self.stopped_at: int | None = None  # step of the checkpoint that workers left when they were asked to stop
+        self._stop_asked = threading.Event()
         self._step = 0
         self._noted = 0.0
         self._stop = threading.Event()
@@ -49,15 +58,27 @@ class Follower:
         self._stop.set()
         self._thread.join(timeout=30)
 
+    def ask_to_stop(self) -> None:
+        """Workers shall take a checkpoint and end. Safe in a signal handler."""
+        self._stop_asked.set()
+
+    @property
+    def stop_asked(self) -> bool:
+        return self._stop_asked.is_set()
+
     def _follow(self) -> None:
         import ray
         from ray.exceptions import GetTimeoutError, RayError
 
-        last, asked = False, None
+        last, asked, told = False, None, False
         while not last:
             last = self._stop.wait(POLL_S)
             if not ray.is_initialized():
                 return
+            if self.stop_asked and not told:
+                told = True
+                self.events.stop.remote()
+                self._deliver(self.sinks, [{"kind": "phase", "text": "asked to stop: a checkpoint first"}])
             asked = asked or self.events.take.remote()
             try:
                 rows, asked = ray.get(asked, timeout=20), None
@@ -66,6 +87,7 @@ class Follower:
             except RayError:  # the actor's process died; it starts again without the rows that it held
                 asked = None
                 continue
+            self.stopped_at = next((row["step"] for row in rows if row["kind"] == "stopped"), self.stopped_at)
             if rows:
                 self._deliver([self.folder.append_metrics, partial(self._note_step, now=last)], rows)
                 self.sinks = self._deliver(self.sinks, rows)

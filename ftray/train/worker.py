@@ -80,7 +80,7 @@ class Worker:
         init_distributed(self.layout.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.layout = replace(self.layout, workers=self.world)  # a range of workers is not always at its full number
-        self.notices = notice.Notices(self.rank, self.ASK_S)
+        self.notices = notice.Notices(self.rank, self.ASK_S, events=job.events)
         self.device = self._device() if self.layout.device == "cuda" else torch.device("cpu")
         self.data = self._data()
         self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
@@ -99,7 +99,10 @@ class Worker:
             first = self._resume()
             self._before(first)
             for step in range(first, self.schedule.steps):
-                self._step(step)
+                if self._step(step):
+                    self.keeper.finish()
+                    self.log({"kind": "stopped", "step": step + 1})
+                    return
             self.keeper.finish()
             self._hand_over()
 
@@ -251,7 +254,8 @@ class Worker:
             with virtual.left_away(self.model):
                 self._keep("before.json", self.meter.full())
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> bool:
+        """One update; true when the run shall stop after it."""
         import torch
 
         from ftray.train.deepspeed import update
@@ -269,8 +273,9 @@ class Worker:
         except torch.OutOfMemoryError as error:
             self._halve(error)
             raise
-        sums = torch.tensor([sum(done.sums), float(self.keeper.busy), float(self.notices.due)], dtype=torch.float64)
-        total, busy, ask = summed(sums, self.layout.device).tolist()
+        notes = [self.keeper.busy, self.notices.due, self.notices.stop]
+        sums = torch.tensor([sum(done.sums), *map(float, notes)], dtype=torch.float64)
+        total, busy, ask, stop = summed(sums, self.layout.device).tolist()
         loss = total / max(1, int(counts.sum()))
         self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=done.sums, micros=micros)
         if self.ranks is not None:
@@ -295,11 +300,12 @@ class Worker:
                 }
             )
         scheduled = self.schedule.checkpoints_after(after) or after == self.schedule.steps
-        if scheduled or (ask and self.notices.new()):
+        if scheduled or stop or (ask and self.notices.new()):
             more = self.ranks.tensors() if self.ranks is not None else None
             self.keeper.take(self.engine, self.named, step=after, more=more)
-        if self.schedule.evaluates_after(after):
+        if self.schedule.evaluates_after(after) and not stop:
             self._evaluate(after)
+        return bool(stop)
 
     def _halve(self, error: BaseException) -> None:
         """The GPU ran full: restart with micro-batches half the size, which changes the layout and not the gradient."""

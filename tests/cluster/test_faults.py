@@ -111,6 +111,31 @@ def test_after_a_killed_driver_a_run_resumes_from_its_newest_complete_checkpoint
     same_curve(folder, undisturbed)
 
 
+def test_a_driver_that_is_asked_to_stop_leaves_a_checkpoint_of_that_step(cluster, run_file, undisturbed):
+    path = run_file(scale__checkpoint_every=1000)
+    run = load_run(path)
+    command = [sys.executable, "-m", "ftray.cli", "train", str(path), f"scale.address={cluster.address}"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(_storage(run), run.name)
+    end = time.monotonic() + 150
+    while not rows(folder, "started"):
+        assert driver.poll() is None, driver.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    driver.terminate()
+    assert driver.wait(60) == 143, driver.stderr.read()
+    (stopped,) = rows(folder, "stopped")
+    assert f"stopped after step {stopped['step']}; the same command resumes it" in driver.stderr.read()
+    assert 0 < stopped["step"] < 30
+    assert folder.state()["status"] == "stopped"
+
+    live = Live(load_run(path))
+    assert live.end().resumed
+    assert live.rows("started")[1]["step"] == stopped["step"]
+    assert not repeated(folder), "no step is made twice"
+    same_curve(folder, undisturbed)
+
+
 def test_a_checkpoint_that_cannot_be_uploaded_costs_only_itself(cluster, run_file, undisturbed):
     run = load_run(run_file())
     blocked = _storage(run).local_path(f"runs/{run.name}/checkpoints")
