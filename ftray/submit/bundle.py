@@ -14,7 +14,7 @@ from uuid import uuid4
 import yaml
 
 import ftray
-from ftray.config.load import load_run, load_serving
+from ftray.config.load import load_run, load_serving, load_sweep
 from ftray.errors import ConfigError
 
 LIMIT_BYTES = 100 * 2**20  # what a Ray dashboard takes in one upload; the archive is not compressed
@@ -41,14 +41,12 @@ def wanted(file: str, overrides: Sequence[str], *, command: str | None, root: Pa
         _shared(file, "storage", serving.storage)
         return Wanted(command, serving.name, path, (path,))
     if command == "sweep":
-        run_file = str(raw.get("run", ""))
-        run, name, mine = load_run(run_file), str(raw.get("name") or Path(file).stem), (path, run_file)
-        own = {key: value for key, _, value in (text.partition("=") for text in overrides)}
-        storage = own.get("storage") or raw.get("storage") or run.storage
+        sweep = load_sweep(file, overrides)
+        run, name, mine = sweep.run, sweep.name, (path, *_run_file(raw.get("run"), Path(file), root))
     else:
         run = load_run(file, overrides)
-        name, mine, storage = run.name, (path,), run.storage
-    _shared(file, "storage", str(storage))
+        name, mine = run.name, (path,)
+    _shared(file, "storage", run.storage)
     sources = [source.path for source in (*run.data.sources, *run.data.eval_sources)]
     asked = [*sources, run.model.base, *([run.evaluate.forgetting] if isinstance(run.evaluate.forgetting, str) else [])]
     found = [one for text in asked for one in _beside(text, root)]
@@ -76,6 +74,14 @@ def bundled(job: Wanted, root: Path) -> Iterator[Path]:
             problem = f"{size / 2**20:.0f} MiB to upload, {largest} the largest; a cluster takes 100"
             raise ConfigError(job.file, [("", f"{problem}. Put it into storage, and name it by its whole path or URI")])
         yield folder
+
+
+def _run_file(named: object, sweep: Path, root: Path) -> list[str]:
+    """The file that `run:` of a sweep file names, where it is no section: from here, or from the sweep file's folder."""
+    if not isinstance(named, str):
+        return []
+    found = Path(named) if Path(named).exists() else sweep.parent / named
+    return [_inside(found, root, f"{named}: lies outside the folder that is submitted")]
 
 
 def _raw(path: Path) -> dict:
