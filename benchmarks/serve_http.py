@@ -79,7 +79,7 @@ def request(row: Row, cell: Cell, *, stream: bool) -> bytes:
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     content = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: benchmark\r\nContent-Type: application/json\r\nContent-Length: "
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
     return f"{head}{len(content)}\r\n\r\n".encode() + content
 
 

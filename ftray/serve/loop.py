@@ -6,6 +6,7 @@ Requests come in and pieces go out through the event loop of whoever asked; vers
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from ftray.serve.lora_files import read_config, read_lora, stackable_layers, ten
 from ftray.serve.sampling import Chooser
 from ftray.serve.stepper import InWork, Settings, Stepper, Stream
 from ftray.serve.text import TextStream
+
+SWITCH_S = 0.0002  # Python's 5 ms would let the event loop hold up a step, which takes Python's lock between its parts
 
 
 class BankEngine:
@@ -45,6 +48,7 @@ class BankEngine:
         self._lanes: dict[str, Lane] = {}
         self._stepper = Stepper(cache=cache, bank=bank, settings=settings)
         self._loader = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
+        sys.setswitchinterval(SWITCH_S)
         self._thread = threading.Thread(target=self._stepper.run, name="generate", daemon=True)
         self._thread.start()
 
