@@ -77,7 +77,7 @@ def bundled(job: Wanted, root: Path) -> Iterator[Path]:
 
 
 def _run_file(named: object, sweep: Path, root: Path) -> list[str]:
-    """The file that `run:` of a sweep file names, where it is no section: from here, or from the sweep file's folder."""
+    """The file that `run:` of a sweep file names, if it is no section: from here, or from the sweep file's folder."""
     if not isinstance(named, str):
         return []
     found = Path(named) if Path(named).exists() else sweep.parent / named

@@ -30,11 +30,11 @@ def dashboard(cluster):
     return f"http://{cluster.head_node.webui_url}/api/serve/applications/"
 
 
-def deployments(cluster):
-    """What Ray Serve says of the app: replicas with their states and pids, by deployment."""
+def deployments(cluster, app="ftray"):
+    """What Ray Serve says of an app: replicas with their states and pids, by deployment."""
     with urllib.request.urlopen(dashboard(cluster), timeout=PATIENCE_S) as answer:
         apps = json.load(answer)["applications"]
-    return {name: one["replicas"] for name, one in apps["ftray"]["deployments"].items()} if "ftray" in apps else {}
+    return {name: one["replicas"] for name, one in apps[app]["deployments"].items()} if app in apps else {}
 
 
 def wait_until_ready(url, *, replicas):

@@ -8,7 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import openai
 import pytest
+
+from tests.cluster.conftest import free_port
+from tests.cluster.serving_cluster import deployments, wait_until_ready
 
 pytestmark = pytest.mark.ray
 
@@ -108,3 +112,37 @@ def test_a_job_that_goes_on_is_not_submitted_again_and_can_be_stopped_by_its_run
     assert ids[0] == ids[1]
     assert ftray(cluster, "jobs", "stop", "endless") == 0
     assert "STOPPED" in capfd.readouterr().out
+
+
+def test_a_sweep_is_submitted_with_the_run_it_varies(cluster, away, run_file, capfd):
+    (away / "runs").mkdir()
+    file = run_file(name="varied", data__sources=["rows/train.jsonl"], optim__steps=3, scale__workers=1)
+    shutil.move(file, away / "runs" / "varied.yaml")
+    sweep = {"name": "variants", "run": "runs/varied.yaml", "space": {"method.rank": [2, 4]}, "trials": 2}
+    (away / "sweep.yaml").write_text(json.dumps(sweep))
+    assert ftray(cluster, "submit", "sweep.yaml", python=True) == 0
+    told = capfd.readouterr()
+    assert "varied@v1" in told.out
+    assert "ftray jobs stop variants-sweep-" in told.err
+
+
+def test_a_server_is_submitted_answers_and_goes_with_its_job(cluster, away, small_base, tmp_path, capfd):
+    url = f"http://127.0.0.1:{free_port()}"
+    serving = {
+        "name": "submitted",
+        "storage": str(tmp_path / "store"),
+        "model": {"base": str(small_base)},
+        "http": {"port": int(url.rpartition(":")[2])},
+    }
+    (away / "serve.yaml").write_text(json.dumps(serving))
+    assert ftray(cluster, "submit", "serve.yaml", "--no-wait", python=True) == 0
+    wait_until_ready(url, replicas=1)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    answer = client.completions.create(model="base", prompt="two lattes", max_tokens=4)
+    assert answer.usage.completion_tokens == 4
+    capfd.readouterr()
+    assert ftray(cluster, "jobs", "stop", "submitted") == 0
+    end = time.monotonic() + 60
+    while deployments(cluster, "submitted"):
+        assert time.monotonic() < end
+        time.sleep(0.5)

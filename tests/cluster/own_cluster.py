@@ -1,0 +1,92 @@
+"""A cluster of `ray start` processes, whose head can die and come back: its tables are kept in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.cluster.conftest import free_port
+
+RAY = str(Path(sys.executable).with_name("ray"))
+START_S = 90
+
+
+class OwnCluster:
+    """A head without CPUs, and workers as nodes of their own, with a token. `close` ends them all."""
+
+    def __init__(self, folder: Path, *, workers: int, cpus: int):
+        self.folder, self.port, self.dashboard_port = folder, free_port(), free_port()
+        self.address, self.dashboard = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
+        token, self.secret = folder / "token", secrets.token_hex(32)
+        token.write_text(self.secret)
+        self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+            **self.token,
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(folder / "tables"),
+            "RAY_worker_niceness": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        self.head: subprocess.Popen | None = None
+        self.workers: list[subprocess.Popen] = []
+        self.start_head()
+        join = ["--address", self.address, f"--num-cpus={cpus}"]
+        self.workers = [self._start(f"worker-{number}", *join) for number in range(workers)]
+
+    def start_head(self) -> None:
+        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}"]
+        self.head = self._start("head", "--head", "--num-cpus=0", *ports, f"--temp-dir=/tmp/ftray-{self.port}")
+        end = time.monotonic() + START_S
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(f"{self.dashboard}/api/gcs_healthz", timeout=2).close()
+                return
+            assert self.head.poll() is None, (self.folder / "head.log").read_text()[-2000:]
+            assert time.monotonic() < end, "the head does not come up"
+            time.sleep(0.5)
+
+    def kill_head(self) -> None:
+        """All processes of the head at once, as a lost machine would take them."""
+        kill(self.head)
+
+    def applications(self, config: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What Ray Serve says of its applications, after it was given a config; nothing where it does not answer."""
+        headers = {"content-type": "application/json", "authorization": f"Bearer {self.secret}"}
+        body = json.dumps(config).encode() if config else None
+        url = f"{self.dashboard}/api/serve/applications/"
+        request = urllib.request.Request(url, body, headers, method="PUT" if config else "GET")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return {} if config else json.load(answer)["applications"]
+        except OSError:
+            if config:
+                raise
+            return {}
+
+    def close(self) -> None:
+        for process in [*self.workers, self.head]:
+            kill(process)
+
+    def _start(self, name: str, *words: str) -> subprocess.Popen:
+        with open(self.folder / f"{name}.log", "a") as log:
+            command = [RAY, "start", "--block", *words]
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def kill(process: subprocess.Popen) -> None:
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for one in [*parent.children(recursive=True), parent]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
