@@ -11,7 +11,7 @@ held-out rows:
     ftray    `ftray sweep`, with the best version registered and judged, which the other does not do
 
 Memory is the sum over all processes of a peer, Ray's own included, of what each holds and its share of what it shares
-(PSS), sampled every half second.
+(PSS), sampled every second.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RATES, RANKS = (1e-3, 4e-3), (4, 8, 16, 32)
 PEERS = ("tune", "ftray")
 TARGET = 2.0
-SAMPLE_S = 0.5
+SAMPLE_S = 1.0
 TIMEOUT_S = 1800
 
 

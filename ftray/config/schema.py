@@ -229,6 +229,10 @@ class Run(Section):
 
     _name_is_safe = field_validator("name")(safe_name)
 
+    @property
+    def takes_bitsandbytes(self) -> bool:
+        return bool(getattr(self.method, "bits", None)) or self.optim.optimizer != "adamw"
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Run:
         """Checks across sections; each message starts with the key it is about (explain.py splits it off at ': ')."""

@@ -70,6 +70,11 @@ class Planner:
         return max([int(end) for end in ends(one)] if one else [self.sweep.run.scale.most])
 
     @property
+    def _takes_bitsandbytes(self) -> bool:
+        searched = {"method.bits", "method.kind", "method", "optim.optimizer"} & self.sweep.space.keys()
+        return bool(searched) or self.sweep.run.takes_bitsandbytes
+
+    @property
     def _fixed_cpus(self) -> bool:
         return self.sweep.run.scale.cpus_per_worker != "auto"
 
@@ -136,6 +141,7 @@ class Planner:
         planned = self.plan(record.values, seed=record.seed)
         sweep, run = self.sweep, planned.run
         every = max(1, round(sweep.every * planned.steps_per_epoch))
+        whole = run.evaluate == _trimmed(run, sweep.metric).evaluate
         if not judge:
             run = _trimmed(run, sweep.metric)
         evaluated = every if self.workers > 1 and not judge else 0
@@ -166,6 +172,8 @@ class Planner:
             searching=record.of is None and not judge,
             deadline=None if judge or record.of is not None else deadline,
             judge=judge,
+            whole=whole,
+            takes_bitsandbytes=self._takes_bitsandbytes,
             replays=sweep.stopping.kind != "pbt",
         )
 

@@ -50,9 +50,10 @@ class Solo(Worker):
 
     ASK_S = math.inf  # a sweep's trials are not Ray Train's to warn
 
-    def __init__(self, job: Job, run: Run, folder: RunFolder, bench: Bench, *, metric: str):
+    def __init__(self, job: Job, run: Run, folder: RunFolder, bench: Bench, *, metric: str, whole: bool):
+        """`whole`: what the sweep compares is all that the run measures, so a trial's end is not judged once more."""
         bench.prepare(job.layout.device)
-        self.bench, self.metric = bench, metric
+        self.bench, self.metric, self.whole = bench, metric, whole
         self.rows: list[dict[str, Any]] = []
         self.stack = contextlib.ExitStack()
         super().__init__(job, run, folder, time.monotonic())
@@ -93,6 +94,12 @@ class Solo(Worker):
         with self._watched() as self.watchdog:
             output = self._write_output()
             self._read_back(output)
+            if self.whole:
+                measured = self.meter.full()
+                self._keep("after.json", measured)
+                found = measured.scores.values()
+                self.log({"kind": "eval", "step": self.at, **found})
+                return found
         return self.measure()
 
     def flush(self, *more: dict[str, Any]) -> None:
@@ -152,11 +159,11 @@ class Solo(Worker):
         """Ray Train has no part in this."""
 
 
-def open_trial(job: Job, bench: Bench, *, metric: str) -> Solo:
+def open_trial(job: Job, bench: Bench, *, metric: str, whole: bool = False) -> Solo:
     """The trial's worker; its run is taken from the job."""
     run = Run.model_validate(job.run)
     folder = RunFolder(Storage(run.storage), job.folder)
-    return Solo(job, run, folder, bench, metric=metric)
+    return Solo(job, run, folder, bench, metric=metric, whole=whole)
 
 
 def judge(job: Job, bench: Bench, *, version_key: str) -> None:

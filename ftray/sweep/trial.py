@@ -21,6 +21,7 @@ from ray import tune
 
 from ftray.config.schema import Run
 from ftray.errors import FtrayError
+from ftray.models import leave_out_bitsandbytes
 from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
 from ftray.sweep.records import DONE, FAILED, STOPPED, End, SweepFolder, reports
@@ -46,6 +47,8 @@ class Task:
     searching: bool
     deadline: float | None = None  # seconds since 1970
     judge: bool = False
+    whole: bool = False  # all that the run measures is what the sweep compares
+    takes_bitsandbytes: bool = True  # one of the sweep's trials does; a process trains many
     replays: bool = True  # PBT takes up a trial where it was, and is not told again
 
     @property
@@ -93,6 +96,9 @@ class Seat(tune.Trainable):
     def setup(self, config: dict[str, Any], tasks: dict[int, Task] | None = None) -> None:
         from ftray.sweep.solo import Bench
 
+        first = config["task"] if tasks is None else next(iter(tasks.values()))
+        if not first.takes_bitsandbytes:
+            leave_out_bitsandbytes()
         self.tasks = tasks  # of a population, by number
         self.bench = Bench()
         self.worker: Any = None
@@ -176,7 +182,7 @@ class Seat(tune.Trainable):
         from ftray.sweep.solo import open_trial
 
         if self.worker is None:
-            self.worker = open_trial(self.task.job, self.bench, metric=self.task.metric)
+            self.worker = open_trial(self.task.job, self.bench, metric=self.task.metric, whole=self.task.whole)
             self.worker.begin()
         return self.worker
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,7 @@ def _fit(
 ) -> None:
     silence()
     planner = drive.planner
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(planner.parallel)  # else the second waits until the first has begun
     group = planner.workers > 1
     if group:  # Ray Train reserves what the workers need
         resources = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftray.config.schema import AdaLora, Run
+from ftray.config.schema import AdaLora, Lora, Run
 from ftray.errors import FtrayError, ModelError, TrainError
+from ftray.models import leave_out_bitsandbytes
 from ftray.train import notice
 from ftray.train.layout import Layout
 from ftray.train.schedule import Schedule, Windows
@@ -46,6 +47,8 @@ def train_loop(job: Job) -> None:
     run = Run.model_validate(job.run)
     storage = Storage(run.storage)
     folder = RunFolder(storage, job.folder)
+    if not run.takes_bitsandbytes:
+        leave_out_bitsandbytes()
     if folder.verdict():
         return  # a worker met it alone, and the group was restarted to end together
     try:
@@ -107,17 +110,19 @@ class Worker:
             self._hand_over()
 
     def evaluate(self, version_key: str) -> None:
-        """Score the base, and then a version's files read into it."""
+        """Score the base, and then a version's files read into it, but for what the run's folder has already."""
         from ftray.models import virtual
 
         with self._watched() as self.watchdog:
             self._build()
-            self.log({"kind": "phase", "text": "scoring the base"})
-            with virtual.left_away(self.model):
-                self._keep("before.json", self.meter.full())
-            self.log({"kind": "phase", "text": "scoring the tuned version"})
-            self._read_back(version_key)
-            self._keep("after.json", self.meter.full())
+            if self._kept("before.json") is None:
+                self.log({"kind": "phase", "text": "scoring the base"})
+                with virtual.left_away(self.model):
+                    self._keep("before.json", self.meter.full())
+            if self._kept("after.json") is None:
+                self.log({"kind": "phase", "text": "scoring the tuned version"})
+                self._read_back(version_key)
+                self._keep("after.json", self.meter.full())
 
     # what a process may share between the runs it trains
 
@@ -180,6 +185,10 @@ class Worker:
         if layout.zero != 3 and not getattr(run.method, "bits", None):
             model.to(self.device)
         model = adapt(model, run.method, seed=run.seed, fp32=layout.zero == 0, steps=self.schedule.steps)
+        if isinstance(run.method, Lora) and layout.zero != 3:
+            from ftray.models.fused import fuse
+
+            fuse(model)
         if layout.gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
