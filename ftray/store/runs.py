@@ -29,7 +29,7 @@ from ftray.errors import FtrayError, StorageError
 from ftray.store import lease
 from ftray.store.paths import Storage, json_bytes
 
-STATUSES = ("preparing", "training", "evaluating", "done", "failed")
+STATUSES = ("preparing", "training", "evaluating", "done", "failed", "stopped")
 
 _KEPT_WHEN_CLEARING = {"lease", "clearing.json"}
 

@@ -41,11 +41,18 @@ class OwnCluster:
         self.workers: list[subprocess.Popen] = []
         self.start_head()
         join = ["--address", self.address, f"--num-cpus={cpus}"]
-        self.workers = [self._start(f"worker-{number}", *join) for number in range(workers)]
+        for number in range(workers):
+            self.workers.append(self._start(f"worker-{number}", *join))
+            end = time.monotonic() + START_S
+            while self.alive() < 2 + number:  # one by one: two that start together on one machine may miss each other
+                assert time.monotonic() < end, self._ask("/nodes?view=summary")
+                time.sleep(0.5)
 
     def start_head(self) -> None:
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}"]
-        self.head = self._start("head", "--head", "--num-cpus=0", *ports, f"--temp-dir=/tmp/ftray-{self.port}")
+        temp = Path(f"/tmp/ftray-{self.port}")
+        (temp / "ray_current_cluster").unlink(missing_ok=True)  # a new machine would not have it either
+        self.head = self._start("head", "--head", "--num-cpus=0", *ports, f"--temp-dir={temp}")
         end = time.monotonic() + START_S
         while True:
             with suppress(OSError):
@@ -61,17 +68,25 @@ class OwnCluster:
 
     def applications(self, config: dict[str, Any] | None = None) -> dict[str, Any]:
         """What Ray Serve says of its applications, after it was given a config; nothing where it does not answer."""
+        if config is not None:
+            self._ask("/api/serve/applications/", config)
+        try:
+            return self._ask("/api/serve/applications/")["applications"]
+        except OSError:
+            return {}
+
+    def alive(self) -> int:
+        """Nodes."""
+        nodes = self._ask("/nodes?view=summary")["data"]["summary"]
+        return sum(node["raylet"]["state"] == "ALIVE" for node in nodes)
+
+    def _ask(self, path: str, config: dict[str, Any] | None = None) -> Any:
+        """Of the dashboard: a document, after it was given a config."""
         headers = {"content-type": "application/json", "authorization": f"Bearer {self.secret}"}
         body = json.dumps(config).encode() if config else None
-        url = f"{self.dashboard}/api/serve/applications/"
-        request = urllib.request.Request(url, body, headers, method="PUT" if config else "GET")
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return {} if config else json.load(answer)["applications"]
-        except OSError:
-            if config:
-                raise
-            return {}
+        request = urllib.request.Request(self.dashboard + path, body, headers, method="PUT" if config else "GET")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"null")
 
     def close(self) -> None:
         for process in [*self.workers, self.head]:
