@@ -96,7 +96,7 @@ def _ask(alive: list[dict], model: dict[str, Any] | None) -> tuple[list[Facts], 
     import ray
     from ray.exceptions import RayError
 
-    task = ray.remote(num_cpus=0, max_retries=1)(look)
+    task: Any = ray.remote(num_cpus=0, max_retries=1)(look)  # type: ignore[arg-type]
     flying = []
     for node in alive:
         where = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"

@@ -32,7 +32,8 @@ def as_lora(model: Any, learnt: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]
     from peft import LoraConfig
 
     kept = {layer: rank for layer, rank in ranks(learnt).items() if rank}
-    tensors, patterns = {}, {}
+    tensors: dict[str, Any] = {}
+    patterns: dict[str, int] = {}
     for name in [name for name in learnt if name.endswith(_A)]:
         layer, stem = _layer(name), name[: -len(_A)]
         if layer not in kept and (kept or patterns):

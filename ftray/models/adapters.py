@@ -258,7 +258,7 @@ def prefix_config(model: Any, method: Prefix, setting: Setting) -> Any:
         task_type=TASK,
         num_virtual_tokens=method.tokens,
         prefix_projection=method.projection is not None,
-        encoder_hidden_size=method.projection,
+        encoder_hidden_size=method.projection,  # type: ignore[arg-type]  # None is PEFT's default
         num_layers=text.num_hidden_layers,
         num_attention_heads=heads,
         token_dim=heads * width,

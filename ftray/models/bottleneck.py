@@ -88,7 +88,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name not in self.bottleneck_down:
                 continue
-            config, down, up = self._settings[name], self.bottleneck_down[name], self.bottleneck_up[name]
+            config = self._settings[name]
+            down: Any = self.bottleneck_down[name]
+            up: Any = self.bottleneck_up[name]
             read = (x if config.parallel else result).to(down.weight.dtype)
             read = nn.functional.dropout(read, config.dropout, self.training)
             result = result + (config.scale * up(ACTIVATIONS[config.activation]()(down(read)))).to(result.dtype)
@@ -104,9 +106,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 class BottleneckModel(BaseTuner):
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]  # PEFT declares it on instances
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # PEFT calls it with these
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
     ) -> None:
         if isinstance(target, BottleneckLayer):

@@ -50,8 +50,9 @@ def fit(
     Raises what a worker left as its verdict, and TrainError when the retries are used up.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

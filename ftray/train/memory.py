@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftray.config.methods import (
     PROMPTS,
@@ -107,7 +107,8 @@ def _adapting(shape: Shape, method: Method) -> Learning:
         return _is_named(name, list(table))
 
     hidden, layers = shape.hidden_size, dict(shape.linears)
-    if (named := getattr(method, "targets", "auto")) != "auto":
+    named: Any = getattr(method, "targets", "auto")
+    if named != "auto":
         layers = {name: both for name, both in layers.items() if _is_named(name, named)}
     if isinstance(method, Ia3):
         if named == "auto":
