@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.cluster.conftest import free_port
+from tests.cluster.own_cluster import OwnCluster
 from tests.cluster.serving_cluster import deployments, wait_until_ready
 
 pytestmark = pytest.mark.ray
@@ -146,3 +147,24 @@ def test_a_server_is_submitted_answers_and_goes_with_its_job(cluster, away, smal
     while deployments(cluster, "submitted"):
         assert time.monotonic() < end
         time.sleep(0.5)
+
+
+def test_with_a_token_a_run_goes_to_two_of_three_workers_and_a_stranger_is_refused(away, run_file, tmp_path):
+    file = run_file(
+        name="guarded", data__sources=["rows/train.jsonl"], optim__steps=3, scale__workers=2, scale__cpus_per_worker=1
+    )
+    shutil.move(file, away / "run.yaml")
+    (tmp_path / "own").mkdir()
+    own = OwnCluster(tmp_path / "own", workers=3, cpus=1)
+    try:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "RAY_J"))}
+        command = [sys.executable, "-m", "ftray.cli", "submit", "run.yaml", "--address", own.dashboard]
+        command += ["--python", sys.executable]
+        stranger = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, check=False)
+        assert (stranger.returncode, "RAY_AUTH_TOKEN" in stranger.stderr) == (2, True), stranger.stderr
+        done = subprocess.run(command, env=clean | own.token, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        assert "guarded@v1" in done.stdout
+        assert own.secret not in done.stdout + done.stderr
+    finally:
+        own.close()
