@@ -60,7 +60,8 @@ class Holds:
             return
         hold = self._held[ref.key] = _Hold(ref)
         try:
-            await asyncio.wait_for(self._run(partial(self._hold, hold)), _PATIENCE_S)
+            async with asyncio.timeout(_PATIENCE_S):
+                await self._run(partial(self._hold, hold))
         except RegistryError as error:
             if self._held.get(ref.key) is hold:
                 del self._held[ref.key]

@@ -37,7 +37,10 @@ class Preloads:
         for ref in self._refs:
             try:
                 call = asyncio.get_running_loop().run_in_executor(self._thread, partial(self._registry.resolve, ref))
-                version = VersionRef.of(await asyncio.wait_for(call, _PATIENCE_S))
+                async with asyncio.timeout(
+                    _PATIENCE_S
+                ):  # wait_for of Python 3.11 may swallow that the task was cancelled
+                    version = VersionRef.of(await call)
             except Exception as error:  # a registry that is away for a while has many ways to say so
                 self._say(ref, str(error) or "the registry gives no answer")
                 continue

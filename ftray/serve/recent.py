@@ -95,7 +95,8 @@ class Recent:
     async def _in_thread(self, call: Callable[[], T]) -> T | None:
         """None where it fails."""
         try:
-            found = await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(self._thread, call), _PATIENCE_S)
+            async with asyncio.timeout(_PATIENCE_S):  # wait_for of Python 3.11 may swallow that the task was cancelled
+                found = await asyncio.get_running_loop().run_in_executor(self._thread, call)
         except Exception as error:  # a note is a convenience: whatever the storage says, serving goes on
             if not self._is_failing:
                 self._is_failing = True
