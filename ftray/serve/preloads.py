@@ -37,9 +37,7 @@ class Preloads:
         for ref in self._refs:
             try:
                 call = asyncio.get_running_loop().run_in_executor(self._thread, partial(self._registry.resolve, ref))
-                async with asyncio.timeout(
-                    _PATIENCE_S
-                ):  # wait_for of Python 3.11 may swallow that the task was cancelled
+                async with asyncio.timeout(_PATIENCE_S):  # Python 3.11's wait_for may swallow a cancellation
                     version = VersionRef.of(await call)
             except Exception as error:  # a registry that is away for a while has many ways to say so
                 self._say(ref, str(error) or "the registry gives no answer")

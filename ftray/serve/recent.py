@@ -95,7 +95,7 @@ class Recent:
     async def _in_thread(self, call: Callable[[], T]) -> T | None:
         """None where it fails."""
         try:
-            async with asyncio.timeout(_PATIENCE_S):  # wait_for of Python 3.11 may swallow that the task was cancelled
+            async with asyncio.timeout(_PATIENCE_S):  # Python 3.11's wait_for may swallow a cancellation
                 found = await asyncio.get_running_loop().run_in_executor(self._thread, call)
         except Exception as error:  # a note is a convenience: whatever the storage says, serving goes on
             if not self._is_failing:
