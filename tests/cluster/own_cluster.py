@@ -39,14 +39,13 @@ class OwnCluster:
         }
         self.head: subprocess.Popen | None = None
         self.workers: list[subprocess.Popen] = []
-        self.start_head()
-        join = ["--address", self.address, f"--num-cpus={cpus}"]
-        for number in range(workers):
-            self.workers.append(self._start(f"worker-{number}", *join))
-            end = time.monotonic() + START_S
-            while self.alive() < 2 + number:  # one by one: two that start together on one machine may miss each other
-                assert time.monotonic() < end, self._ask("/nodes?view=summary")
-                time.sleep(0.5)
+        try:
+            self.start_head()
+            for _ in range(workers):
+                self._join(cpus)
+        except BaseException:
+            self.close()
+            raise
 
     def start_head(self) -> None:
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}"]
@@ -60,6 +59,15 @@ class OwnCluster:
                 return
             assert self.head.poll() is None, (self.folder / "head.log").read_text()[-2000:]
             assert time.monotonic() < end, "the head does not come up"
+            time.sleep(0.5)
+
+    def _join(self, cpus: int) -> None:
+        """One more worker, waited for: of two that start together on one machine, one may end at once."""
+        count = len(self.workers)
+        self.workers.append(self._start(f"worker-{count}", "--address", self.address, f"--num-cpus={cpus}"))
+        end = time.monotonic() + START_S
+        while self.alive() < 2 + count:
+            assert time.monotonic() < end, self._ask("/nodes?view=summary")
             time.sleep(0.5)
 
     def kill_head(self) -> None:
@@ -90,7 +98,8 @@ class OwnCluster:
 
     def close(self) -> None:
         for process in [*self.workers, self.head]:
-            kill(process)
+            if process is not None:
+                kill(process)
 
     def _start(self, name: str, *words: str) -> subprocess.Popen:
         with open(self.folder / f"{name}.log", "a") as log:
