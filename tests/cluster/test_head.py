@@ -17,7 +17,7 @@ from ftray.store.runs import RunFolder
 from tests.cluster.conftest import curve, free_port, repeated, rows
 from tests.cluster.own_cluster import OwnCluster
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 INTERVAL = 5
 OUTAGE_S = 8
