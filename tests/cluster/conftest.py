@@ -34,6 +34,7 @@ def cluster():
             "num_cpus": 0,
             "include_dashboard": True,
             "dashboard_port": free_port(),
+            "dashboard_agent_listen_port": free_port(),  # the usual one may be another cluster's
             "_system_config": quick,
         },
     )
