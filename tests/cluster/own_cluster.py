@@ -103,7 +103,8 @@ class OwnCluster:
 
     def _start(self, name: str, *words: str) -> subprocess.Popen:
         with open(self.folder / f"{name}.log", "a") as log:
-            command = [RAY, "start", "--block", *words]
+            # The usual port of the nodes' agents may be another cluster's.
+            command = [RAY, "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *words]
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
 
 
