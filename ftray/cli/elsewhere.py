@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ftray.cli import checkup, jobs
-from ftray.cli.options import add_command, add_group, address, as_json, run_file
+from ftray.cli.options import add_command, add_group, address, as_json, fresh, run_file
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -35,9 +35,7 @@ def _submit(commands: argparse._SubParsersAction) -> None:
         choices=("train", "sweep", "evaluate", "serve", "doctor"),
         help="what to do with the file (default: what kind of file it is says)",
     )
-    command.add_argument(
-        "--fresh", action="store_true", help="start over: delete what an earlier run of this name left"
-    )
+    fresh(command)
     command.add_argument("--no-wait", action="store_true", help="return once it is submitted")
     command.add_argument("--python", default="python", help="the Python of the cluster's nodes (default: python)")
     as_json(command)

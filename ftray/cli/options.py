@@ -50,8 +50,8 @@ def add_group(commands: argparse._SubParsersAction, name: str, about: str) -> ar
     return group.add_subparsers(title="commands", metavar="<command>", parser_class=Parser)
 
 
-def run_file(command: Parser) -> None:
-    command.add_argument("file", help="the run file")
+def run_file(command: Parser, about: str = "the run file") -> None:
+    command.add_argument("file", help=about)
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides")
 
 
@@ -59,6 +59,12 @@ def storage(command: Parser) -> None:
     where = os.environ.get(STORAGE, "./ftray-store")
     command.add_argument(
         "--storage", default=where, metavar="ROOT", help=f"folder or URI (default: ${STORAGE} or ./ftray-store)"
+    )
+
+
+def fresh(command: Parser) -> None:
+    command.add_argument(
+        "--fresh", action="store_true", help="start over: delete what an earlier run of this name left"
     )
 
 

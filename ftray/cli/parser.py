@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ftray import __version__
 from ftray.cli import adapters, elsewhere, runs, serving, sweeping, training
-from ftray.cli.options import Parser, add_command, add_group, as_json, did_you_mean, number, run_file, storage
+from ftray.cli.options import Parser, add_command, add_group, as_json, did_you_mean, fresh, number, run_file, storage
 
 METHODS = ("lora", "qlora", "freeze", "full", "pretrain")
 _OVERRIDES = """\
@@ -103,9 +103,7 @@ def _train(commands: argparse._SubParsersAction) -> None:
     )
     command.set_defaults(resumes=True)
     run_file(command)
-    command.add_argument(
-        "--fresh", action="store_true", help="start over: delete what an earlier run of this name left"
-    )
+    fresh(command)
     as_json(command)
 
 
@@ -120,8 +118,7 @@ def _sweep(commands: argparse._SubParsersAction) -> None:
         "Any key of the sweep file can be set with a dotted override: trials=30   'search={kind: tpe}'",
     )
     command.set_defaults(resumes=True)
-    command.add_argument("file", help="the sweep file")
-    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides")
+    run_file(command, "the sweep file")
     command.add_argument("--fresh", action="store_true", help="start over: delete what an earlier start left")
     as_json(command)
 

@@ -17,8 +17,8 @@ from ftray.evaluate.compare import check_gate
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.sweep import result
-from ftray.sweep.planning import Planner, check_metric, sign_of
-from ftray.sweep.records import DONE, FAILED, STOPPED, End, Record, SweepFolder
+from ftray.sweep.planning import Planner, check_metric
+from ftray.sweep.records import DONE, FAILED, STOPPED, End, Record, SweepFolder, sign_of
 from ftray.sweep.search import open_search
 from ftray.sweep.table import Board
 from ftray.train import cluster
@@ -94,7 +94,7 @@ class Drive:
         self.live: dict[str, int] = {}  # by Tune's id of the trial
         self.judged = False
         self.began, self.before = time.time(), folder.spent()
-        self.gpu_seconds = 0.0
+        self.gpu_seconds, self._spent_at = 0.0, 0.0
         for record in sorted(self.records.values(), key=lambda one: one.number):
             if record.of is None:
                 self.search.known(record.number, record.values)
@@ -219,8 +219,8 @@ class Drive:
     def _spend(self) -> None:
         now = time.time() - self.began
         held = self.planner.gpus * self.planner.workers * len(self.live)
-        self.gpu_seconds += held * (now - getattr(self, "_last", 0.0))
-        self._last = now
+        self.gpu_seconds += held * (now - self._spent_at)
+        self._spent_at = now
         hours = self.before["hours"] + now / 3600
         self.folder.spend({"hours": hours, "gpu_hours": self.before["gpu_hours"] + self.gpu_seconds / 3600})
 

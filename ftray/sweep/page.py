@@ -16,7 +16,7 @@ from ftray.evaluate.compare import METRICS, written
 from ftray.evaluate.facts_section import duration
 from ftray.evaluate.markup import Html, join, tag
 from ftray.sweep.pictures import Line, front, importance, parallel, scatter
-from ftray.sweep.records import DONE, FAILED, STOPPED, Record
+from ftray.sweep.records import DONE, FAILED, STOPPED, Record, sign_of
 from ftray.sweep.result import column, ranked, rows, shown
 
 ENOUGH = 5  # scored trials from which importance is told
@@ -152,7 +152,7 @@ def _costs(sweep: Sweep, records: Sequence[Record], best: Record) -> Html | None
     against = getattr(sweep.search, "against", "none")
     kinds = [("Trained parameters", lambda one: float(one.parameters))] if against == "parameters" else []
     kinds += [("Seconds", lambda one: one.seconds)]
-    sign = 1 if METRICS[sweep.metric].best == "low" else -1
+    sign = sign_of(sweep.metric)
     cards = []
     for name, cost in kinds:
         points = [(cost(one), one.score(sweep.metric) or math.nan) for one in done]

@@ -15,7 +15,7 @@ from ftray.data.order import epoch_rows
 from ftray.errors import ConfigError, ModelError
 from ftray.evaluate.compare import METRICS
 from ftray.store.paths import Storage
-from ftray.sweep.records import Record, SweepFolder
+from ftray.sweep.records import Record, SweepFolder, sign_of
 from ftray.sweep.solo import LOSSES
 from ftray.sweep.trial import Task
 from ftray.train import memory, resolve
@@ -203,10 +203,6 @@ def check_metric(sweep: Sweep) -> None:
         )
     if problem:
         raise ConfigError(sweep.name, [("metric", problem)])
-
-
-def sign_of(metric: str) -> int:
-    return 1 if METRICS[metric].best == "low" else -1
 
 
 def corners(sweep: Sweep) -> list[Values]:

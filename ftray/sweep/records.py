@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ftray.evaluate.compare import METRICS
 from ftray.store import lease
 from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
@@ -149,6 +150,11 @@ class SweepFolder:
 
     def _at(self, *parts: str) -> str:
         return self.storage.join(self.key, *parts)
+
+
+def sign_of(metric: str) -> int:
+    """-1 where more is better: a score times its sign is a cost."""
+    return 1 if METRICS[metric].best == "low" else -1
 
 
 def run_name(sweep: str, number: int) -> str:

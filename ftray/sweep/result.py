@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ftray.config.load import dump_run
 from ftray.config.space import run_of
 from ftray.config.sweeping import Sweep
-from ftray.evaluate.compare import METRICS
-from ftray.sweep.records import DONE, FAILED, Record, SweepFolder
+from ftray.sweep.records import DONE, FAILED, Record, SweepFolder, sign_of
 
 if TYPE_CHECKING:
     from ftray.sweep.planning import Planner
@@ -25,7 +24,7 @@ ORDER = {DONE: 0, "running": 1, "stopped": 2, "waiting": 3, FAILED: 4}
 
 def ranked(sweep: Sweep, records: Sequence[Record]) -> list[Record]:
     """Finished trials by score, the best first; then those that run, were stopped, wait, failed."""
-    sign = 1 if METRICS[sweep.metric].best == "low" else -1
+    sign = sign_of(sweep.metric)
 
     def place(record: Record) -> tuple[Any, ...]:
         score = record.score(sweep.metric)
@@ -40,7 +39,7 @@ def best(sweep: Sweep, records: Sequence[Record]) -> Record | None:
     What PBT found, and what a budget cut short, counts only if it came to its end.
     """
     finished = [record for record in ranked(sweep, records) if record.status == DONE and record.of is None]
-    sign = 1 if METRICS[sweep.metric].best == "low" else -1
+    sign = sign_of(sweep.metric)
     means = {}
     for record in finished:
         scores = seed_scores(sweep, record, records)

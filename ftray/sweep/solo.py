@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.config.schema import Lora, Run
+from ftray.evaluate.compare import Scores
 from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
 from ftray.train.track import open_trackers
@@ -31,7 +32,6 @@ class Bench:
     """What a process keeps between trials."""
 
     bases: dict[str, Any] = field(default_factory=dict)
-    tokenizers: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, device: str) -> None:
@@ -76,7 +76,6 @@ class Solo(Worker):
 
     def measure(self) -> dict[str, float]:
         """The scores of the held-out rows that the sweep's metric needs, by name."""
-        from ftray.evaluate.compare import Scores
         from ftray.evaluate.suites import LossSum
 
         with self._watched() as self.watchdog:
@@ -85,9 +84,7 @@ class Solo(Worker):
                 scores = Scores(loss=total.loss, token_accuracy=total.token_accuracy)
             else:
                 scores = self.meter.full().scores
-        found = scores.values()
-        self.log({"kind": "eval", "step": self.at, **found})
-        return found
+        return self._scored(scores)
 
     def finish(self) -> dict[str, float]:
         """Write the version's files, read them back, and score what was read."""
@@ -97,10 +94,13 @@ class Solo(Worker):
             if self.whole:
                 measured = self.meter.full()
                 self._keep("after.json", measured)
-                found = measured.scores.values()
-                self.log({"kind": "eval", "step": self.at, **found})
-                return found
+                return self._scored(measured.scores)
         return self.measure()
+
+    def _scored(self, scores: Scores) -> dict[str, float]:
+        found = scores.values()
+        self.log({"kind": "eval", "step": self.at, **found})
+        return found
 
     def flush(self, *more: dict[str, Any]) -> None:
         """Rows to storage and to the trackers. A tracker that fails must not end a trial."""
