@@ -12,9 +12,23 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, shards
+from ftray.config.objectives import Objective, Pretrain, Sft
 from ftray.config.section import Section
 
-__all__ = ["AdaLora", "Auto", "Freeze", "Full", "Lora", "Method", "Model", "Run", "Section"]
+__all__ = [
+    "AdaLora",
+    "Auto",
+    "Freeze",
+    "Full",
+    "Lora",
+    "Method",
+    "Model",
+    "Objective",
+    "Pretrain",
+    "Run",
+    "Section",
+    "Sft",
+]
 
 Auto: TypeAlias = Literal["auto"]
 
@@ -87,21 +101,6 @@ class Data(Section):
         """`sources: a.jsonl`, `sources: [a.jsonl]` and one mapping mean a list of sources."""
         items = value if isinstance(value, list) else [value]
         return [{"path": item} if isinstance(item, str) else item for item in items]
-
-
-class Sft(Section):
-    kind: Literal["sft"] = "sft"
-    train_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="tokens with loss: every answer, the last, all"
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
-
-
-class Pretrain(Section):
-    kind: Literal["pretrain"] = "pretrain"
-
-
-Objective = Annotated[Sft | Pretrain, Field(discriminator="kind")]
 
 
 class Optim(Section):

@@ -17,7 +17,9 @@ import numpy as np
 
 from ftray.data.format import Example, Unusable
 from ftray.data.render import Piece, Renderer
+from ftray.data.report import marked_text
 from ftray.data.tokenise import PieceTokeniser
+from ftray.data.tokens import TokenStore
 from ftray.plain_template import adds_bos
 
 
@@ -80,6 +82,7 @@ class Encoded:
     trained: np.ndarray = field(default_factory=lambda: np.zeros(0, np.bool_))
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     places: list[Place] = field(default_factory=list)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # more about each example, [examples, ...]
     dropped: list[tuple[Place, Unusable]] = field(default_factory=list)
     truncated: Counter[int] = field(default_factory=Counter)  # by source
     asked: list[Asked] = field(default_factory=list)
@@ -105,7 +108,7 @@ class Encoder:
 
     def __reduce__(self):
         options = tuple(getattr(self, option.name) for option in fields(self) if option.name != "tokenizer")
-        return (_restored, (pickle.dumps(self.tokenizer), options))
+        return (_restored, (type(self), pickle.dumps(self.tokenizer), options))
 
     def __call__(self, chunk: Chunk) -> Encoded:
         encoded = Encoded(chunk.held_out)
@@ -126,6 +129,10 @@ class Encoder:
         self._add_examples(encoded, owners, rendered)
         self._add_questions(encoded, prompts)
         return encoded
+
+    def preview(self, store: TokenStore, row: int) -> str:
+        """An example as people read it, with the trained tokens marked."""
+        return marked_text(self.tokenizer, store.ids(row), store.trained(row))
 
     def _pieces(self, example: Example) -> list[list[Piece]]:
         if not example.messages:
@@ -216,6 +223,6 @@ class Encoder:
 
 
 @lru_cache(maxsize=2)
-def _restored(tokenizer: bytes, options: tuple) -> Encoder:
+def _restored(kind: type[Encoder], tokenizer: bytes, options: tuple) -> Encoder:
     """The same encoder for every chunk that a process gets: building a large tokenizer takes longer than a chunk."""
-    return Encoder(pickle.loads(tokenizer), *options)
+    return kind(pickle.loads(tokenizer), *options)

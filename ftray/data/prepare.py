@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ftray.config.schema import Data, Pretrain, Sft
+from ftray.config.objectives import ObjectiveSection
+from ftray.config.schema import Data
 from ftray.data import sources
 from ftray.data.build import Build
-from ftray.data.encode import Asked, Chunk, Encoded, Encoder, Question
-from ftray.data.report import DataReport, histogram, marked_text
+from ftray.data.encode import Asked, Chunk, Encoded, Question
+from ftray.data.encoders import encoder_for
+from ftray.data.report import DataReport, histogram
 from ftray.data.tokens import TokenStore, TokenWriter
 from ftray.errors import DataError, StorageError
 
@@ -53,7 +55,7 @@ class Prepared:
 def prepare(
     data: Data,
     *,
-    objective: Sft | Pretrain,
+    objective: ObjectiveSection,
     tokenizer: Any,
     fingerprint: str,
     seed: int,
@@ -70,14 +72,7 @@ def prepare(
     digest = content_digest(data, objective=objective, fingerprint=fingerprint, seed=seed)
     key = f"data/{digest}"
     if not storage.exists(f"{key}/{COMPLETE}"):
-        encoder = Encoder(
-            tokenizer,
-            objective=objective.kind,
-            train_on=objective.train_on if isinstance(objective, Sft) else "all",
-            max_length=data.max_length,
-            too_long=data.too_long,
-            few_shot=data.few_shot,
-        )
+        encoder = encoder_for(data, objective, tokenizer)
         with _scratch(workdir) as folder:
             build = Build(data, encoder, seed=seed, on_progress=on_progress)
             _write(build, map_chunks or map, folder, digest)
@@ -104,7 +99,7 @@ def open_prepared(storage: Storage, key: str, cache: Path | None = None) -> Prep
     )
 
 
-def content_digest(data: Data, *, objective: Sft | Pretrain, fingerprint: str, seed: int) -> str:
+def content_digest(data: Data, *, objective: ObjectiveSection, fingerprint: str, seed: int) -> str:
     """What a prepared data set depends on: the bytes of its sources and everything that decides about tokens.
 
     Weights and packing are left out: they order rows, they do not change them.
@@ -115,7 +110,7 @@ def content_digest(data: Data, *, objective: Sft | Pretrain, fingerprint: str, s
         "version": CODE_VERSION,
         "data": section,
         "bytes": [sources.digest(source) for source in [*data.sources, *data.eval_sources]],
-        "objective": {name: value for name, value in objective.model_dump().items() if name in ("kind", "train_on")},
+        "objective": objective.model_dump(mode="json", include=set(objective.decides)),
         "tokenizer": fingerprint,
         "seed": seed,
     }
@@ -150,7 +145,7 @@ def _write(build: Build, map_chunks: MapChunks, folder: Path, digest: str) -> No
             asked += encoded.asked
             writer = held_out if encoded.held_out else train
             rows = [(place.source, writer.file_number(place.file), place.line) for place in encoded.places]
-            writer.extend(encoded.ids, encoded.trained, encoded.lengths, rows)
+            writer.extend(encoded.ids, encoded.trained, encoded.lengths, rows, encoded.columns)
     build.check()
     questions = [
         Question(a.ids, a.answer, f"{a.place.file}:{a.place.line}", build.labels[a.place.source]) for a in asked
@@ -177,7 +172,7 @@ def _report(build: Build, folder: Path, digest: str, *, questions: int, seconds:
         questions_too_long=build.asked_too_long,
         max_length=build.data.max_length,
         length_histogram=histogram(train.lengths),
-        preview=marked_text(build.encoder.tokenizer, train.ids(0), train.trained(0)),
+        preview=build.encoder.preview(train, 0),
         seconds=round(seconds, 3),
         notes=tuple(build.notes(train=len(train), held_out=len(held_out))),
     )

@@ -7,13 +7,14 @@ A folder holds, for n examples of together t tokens:
     offsets.npy     n + 1 int64: example i is ids[offsets[i]:offsets[i + 1]]
     counts.npy      n int32: trained tokens of each example
     rows.npy        n x 3 int64: source, file, line
+    <name>.column.npy   n more values: what an objective keeps about each example, if it does
     meta.json       the id type, the file names and the source labels; written last
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class TokenWriter:
         self._lengths: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
+        self._columns: dict[str, list[np.ndarray]] = {}
         self._files: dict[str, int] = {}
 
     def add(self, ids: Any, trained: Any, source: int, line: int, file: str = "") -> None:
@@ -43,11 +45,24 @@ class TokenWriter:
         ids = np.asarray(ids)
         self.extend(ids, np.asarray(trained), [len(ids)], [(source, self.file_number(file), line)])
 
-    def extend(self, ids: np.ndarray, trained: np.ndarray, lengths: Any, rows: Any) -> None:
-        """Many examples, joined: `lengths` cuts ids and trained; `rows` is (source, file number, line) of each."""
+    def extend(
+        self,
+        ids: np.ndarray,
+        trained: np.ndarray,
+        lengths: Any,
+        rows: Any,
+        columns: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Many examples, joined: `lengths` cuts ids and trained; `rows` is (source, file number, line) of each.
+
+        `columns`: more arrays with a value for each of them; the same names every time.
+        """
         lengths = np.asarray(lengths, dtype=np.int64)
         if len(ids) != len(trained) or len(ids) != lengths.sum():
             raise ValueError(f"{len(ids)} ids, {len(trained)} trained flags, lengths that add up to {lengths.sum()}")
+        for name, values in (columns or {}).items():
+            if len(values) != len(lengths):
+                raise ValueError(f"column {name}: {len(values)} values for {len(lengths)} examples")
         if not len(lengths):
             return
         trained = np.asarray(trained, dtype=np.bool_)
@@ -58,6 +73,8 @@ class TokenWriter:
         self._lengths.append(lengths)
         self._counts.append((before[ends] - before[ends - lengths]).astype(np.int32))
         self._rows.append(np.asarray(rows, dtype=np.int64).reshape(len(lengths), 3))
+        for name, values in (columns or {}).items():
+            self._columns.setdefault(name, []).append(values)
 
     def file_number(self, file: str) -> int:
         return self._files.setdefault(file, len(self._files))
@@ -69,6 +86,8 @@ class TokenWriter:
         np.save(self.folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         np.save(self.folder / "counts.npy", np.concatenate([*self._counts, np.zeros(0, np.int32)]))
         np.save(self.folder / "rows.npy", np.concatenate([*self._rows, np.zeros((0, 3), np.int64)]))
+        for name, parts in self._columns.items():
+            np.save(self.folder / f"{name}.column.npy", np.concatenate(parts))
         meta = {"dtype": self.dtype.name, "files": list(self._files), "tasks": self.tasks}
         (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
@@ -137,6 +156,11 @@ class TokenStore:
         """Which tokens of example i count in the loss, bool."""
         start, end = self._span(i)
         return self._trained[start:end]
+
+    def column(self, name: str) -> np.ndarray:
+        """What the encoder kept about each example under this name, [n, ...]."""
+        path = self.folder / f"{name}.column.npy"
+        return np.load(path, mmap_mode="r") if len(self) else np.zeros(0)
 
     def row_name(self, i: int) -> str:
         """Where example i came from, e.g. "orders.jsonl:17"."""

@@ -6,12 +6,12 @@ import difflib
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ftray.config.schema import GATE_PATTERN
 from ftray.errors import ConfigError
-from ftray.evaluate.suites import LossSum, answer_scores, perplexity
+from ftray.evaluate.suites import answer_scores, perplexity
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class Scores:
         return values | ({"tasks": {name: task.to_json() for name, task in self.tasks.items()}} if self.tasks else {})
 
     @classmethod
+    def of(cls, measured: Mapping[str, float]) -> Scores:
+        return cls(**dict[str, Any](measured))
+
+    @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Scores:
         tasks = {name: cls.from_json(task) for name, task in values.get("tasks", {}).items()}
         measured = {name: value for name, value in values.items() if name not in {"tasks", "perplexity"}}
@@ -76,37 +80,28 @@ class Scores:
 
 
 def score(
-    losses: Mapping[str, LossSum],
+    measured: Mapping[str, float],
     *,
+    by_task: Mapping[str, Mapping[str, float]],
     predictions: Sequence[str] = (),
     answers: Sequence[str] = (),
     tasks: Sequence[str] = (),
     labels: Sequence[str] = (),
-    general: LossSum | None = None,
+    general_loss: float | None = None,
 ) -> Scores:
-    """Scores from sums over the whole cluster: `losses` by task, and answers in step with their `tasks`.
+    """Scores of the whole cluster: what the objective measured, over all rows and by task, and what answers say.
 
-    Per-task scores are given where there is more than one task.
+    `answers` are in step with their `tasks`. Per-task scores are given where there is more than one task.
     """
-    by_task: dict[str, Scores] = {}
-    names = dict.fromkeys([*losses, *tasks])
+    told: dict[str, Scores] = {}
+    names = dict.fromkeys([*by_task, *tasks])
     if len(names) > 1:
         for name in names:
             mine = [index for index, task in enumerate(tasks) if task == name]
-            by_task[name] = score(
-                {name: losses.get(name, LossSum())},
-                predictions=[predictions[index] for index in mine],
-                answers=[answers[index] for index in mine],
-                labels=labels,
-            )
-    total = sum(losses.values(), LossSum())
-    return Scores(
-        loss=total.loss,
-        token_accuracy=total.token_accuracy,
-        general_loss=general.loss if general else None,
-        tasks=by_task,
-        **answer_scores(predictions, answers, labels),
-    )
+            said = answer_scores([predictions[i] for i in mine], [answers[i] for i in mine], labels)
+            told[name] = Scores.of({**by_task.get(name, {}), **said})
+    whole = Scores.of({**measured, **answer_scores(predictions, answers, labels)})
+    return replace(whole, general_loss=general_loss, tasks=told)
 
 
 @dataclass(frozen=True)

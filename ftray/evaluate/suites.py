@@ -1,7 +1,4 @@
-"""What is measured on held-out rows: pure functions of sums, answers and labels. No torch.
-
-Losses are nats per trained token: sums over all rows and workers, divided once by the count over all of them.
-"""
+"""What is measured on answers to held-out prompts: pure functions of texts and labels. No torch."""
 
 from __future__ import annotations
 
@@ -13,27 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftray.errors import DataError
-
-
-@dataclass(frozen=True)
-class LossSum:
-    """Sums over trained tokens: negative log-likelihood in nats, tokens, tokens that were the model's first choice."""
-
-    nll: float = 0.0
-    tokens: int = 0
-    correct: int = 0
-
-    def __add__(self, other: LossSum) -> LossSum:
-        return LossSum(self.nll + other.nll, self.tokens + other.tokens, self.correct + other.correct)
-
-    @property
-    def loss(self) -> float | None:
-        """Nats per token; None where there is no token."""
-        return self.nll / self.tokens if self.tokens else None
-
-    @property
-    def token_accuracy(self) -> float | None:
-        return self.correct / self.tokens if self.tokens else None
 
 
 def perplexity(loss: float) -> float:

@@ -1,5 +1,6 @@
 """What is optimised: one file per family, one row in OBJECTIVES."""
 
-from ftray.objectives import language
+from ftray.objectives.language import Language
+from ftray.objectives.objective import Objective
 
-OBJECTIVES = {"sft": language, "pretrain": language}
+OBJECTIVES: dict[str, type[Objective]] = {"sft": Language, "pretrain": Language}

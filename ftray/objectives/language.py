@@ -5,15 +5,17 @@ Axes: B examples, T tokens of a packed row or of the longest example, N trained 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ftray.data.tokens import TokenStore
 from ftray.models import virtual
 from ftray.models.adapt import unwrap
+from ftray.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,38 @@ class Batch:
     rows: tuple[int, ...]  # indices into the token store, to name rows in errors
 
 
-def pack(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Sequence[int]) -> Batch:
+class Language(Objective):
+    """sft and pretrain. Counted in trained tokens; observed: (nats, right first choices, tokens) of each batch."""
+
+    def count(self, store: TokenStore, rows: np.ndarray) -> int:
+        return int(store.trained_counts[rows].sum())
+
+    def batch(self, store: TokenStore, rows: np.ndarray, *, spare: int) -> Batch:
+        examples = [(store.ids(i), store.trained(i)) for i in rows]
+        return collate(examples or [nothing(store.ids(spare))], rows, packed=self.packed)
+
+    def loss_sum(self, model, batch: Batch) -> torch.Tensor:
+        return loss_sum(model, batch, label_smoothing=getattr(self.section, "label_smoothing", 0.0))
+
+    def observe(self, model, batch: Batch) -> np.ndarray:
+        return observe(model, batch)
+
+    def scores(self, observed: np.ndarray) -> dict[str, float]:
+        return scores(observed)
+
+
+def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], rows: Iterable[int], *, packed: bool) -> Batch:
+    """A micro-batch of (ids, trained) pairs, in one row or one row each."""
+    ids, trained = [x for x, _ in examples], [t for _, t in examples]
+    return pack(ids, trained, rows) if packed else pad(ids, trained, rows, pad_id=0)
+
+
+def nothing(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two tokens that train nothing: what a worker without an example computes."""
+    return ids[:2], np.zeros(len(ids[:2]), bool)
+
+
+def pack(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Iterable[int]) -> Batch:
     """Lay examples one after the other in one row; positions restart, so nothing is spent on padding."""
     lengths = [len(x) for x in ids]
     return Batch(
@@ -44,7 +77,7 @@ def pack(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Sequenc
     )
 
 
-def pad(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Sequence[int], *, pad_id: int) -> Batch:
+def pad(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Iterable[int], *, pad_id: int) -> Batch:
     """One example a row, padded on the right to the longest."""
     lengths = [len(x) for x in ids]
     shape = (len(ids), max(lengths))
@@ -95,22 +128,19 @@ def loss_sum(model, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tens
     return F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
 
 
-@dataclass(frozen=True)
-class Tally:
-    """What evaluation adds up: nats and right guesses over trained tokens."""
-
-    nats: float = 0.0
-    correct: int = 0
-    tokens: int = 0
-
-
 @torch.no_grad()
-def tally(model, batch: Batch) -> Tally:
-    """Nats, greedy hits and trained tokens of one micro-batch."""
+def observe(model, batch: Batch) -> np.ndarray:
+    """[1, 3]: nats, greedy hits and trained tokens of one micro-batch."""
     logits_NV = trained_logits(model, batch).float()
     targets_N = batch.targets.to(logits_NV.device)
     nats = F.cross_entropy(logits_NV, targets_N, reduction="sum").item()
-    return Tally(nats, int((logits_NV.argmax(-1) == targets_N).sum()), len(targets_N))
+    return np.array([[nats, int((logits_NV.argmax(-1) == targets_N).sum()), len(targets_N)]], np.float64)
+
+
+def scores(observed: np.ndarray) -> dict[str, float]:
+    """Nats per token and the share of right first choices; sums are divided once, so long rows weigh more."""
+    nats, correct, tokens = observed.sum(0) if len(observed) else (0.0, 0.0, 0.0)
+    return {"loss": nats / tokens, "token_accuracy": correct / tokens} if tokens else {}
 
 
 def _shift(trained: np.ndarray) -> np.ndarray:

@@ -76,14 +76,8 @@ class Solo(Worker):
 
     def measure(self) -> dict[str, float]:
         """The scores of the held-out rows that the sweep's metric needs, by name."""
-        from ftray.evaluate.suites import LossSum
-
         with self._watched() as self.watchdog:
-            if self.metric in LOSSES:
-                total = sum(self.meter.losses().values(), LossSum())
-                scores = Scores(loss=total.loss, token_accuracy=total.token_accuracy)
-            else:
-                scores = self.meter.full().scores
+            scores = Scores.of(self.meter.quick()) if self.metric in LOSSES else self.meter.full().scores
         return self._scored(scores)
 
     def finish(self) -> dict[str, float]:

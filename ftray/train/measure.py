@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from ftray.data.tokens import TokenStore
 from ftray.evaluate.compare import Scores, score
 from ftray.evaluate.general import general_text
 from ftray.evaluate.generate import answer_questions
-from ftray.evaluate.suites import LossSum
 from ftray.objectives import language
+from ftray.objectives.objective import Objective, joined
 from ftray.train.layout import Layout
 
 WINDOW = 64  # held-out rows a worker takes at once, so that neighbours in length share a batch
@@ -51,6 +50,7 @@ class Meter:
         model,
         tokenizer,
         *,
+        objective: Objective,
         held_out: TokenStore,
         questions: Sequence[Question],
         evaluate: Evaluate,
@@ -59,67 +59,81 @@ class Meter:
         computing: Callable[[], AbstractContextManager],
         beat: Callable[[], None] = lambda: None,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.held_out, self.questions = held_out, spread(questions, evaluate.generate_rows)
         self.evaluate, self.layout, self.max_length = evaluate, layout, max_length
         self.computing, self.beat = computing, beat
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def losses(self) -> dict[str, LossSum]:
-        """Loss sums by task over every held-out row. Nats, counted over trained tokens."""
-        rows = np.arange(len(self.held_out))
-        totals: dict[str, LossSum] = defaultdict(LossSum)
-        for task in self.held_out.tasks:
-            mine = rows[[self.held_out.task(int(i)) == task for i in rows]]
-            if len(mine):
-                examples = [(self.held_out.ids(i), self.held_out.trained(i)) for i in mine]
-                totals[task] = self._sum(examples)
-        return dict(totals)
+    def quick(self) -> dict[str, float]:
+        """The objective's scores over every held-out row."""
+        return self.objective.scores(joined(list(self._by_task().values())))
 
     def full(self) -> Measured:
-        """Loss, answers by generation, and the forgetting probe."""
-        losses = self.losses()
-        answers = self._answers()
-        general = self._general() if self.evaluate.forgetting else None
+        """The objective's scores, and of one that writes: answers by generation, and the forgetting probe."""
+        by_task = self._by_task()
+        answers = self._answers() if self.objective.writes else []
+        general = self._general() if self.objective.writes and self.evaluate.forgetting else {}
         scores = score(
-            losses,
+            self.objective.scores(joined(list(by_task.values()))),
+            by_task={task: self.objective.scores(observed) for task, observed in by_task.items()},
             predictions=[a.given for a in answers],
             answers=[a.expected for a in answers],
             tasks=[a.task for a in answers],
             labels=self.evaluate.labels,
-            general=general,
+            general_loss=general.get("loss"),
         )
         return Measured(scores, answers)
 
-    def _general(self) -> LossSum:
+    def _by_task(self) -> dict[str, np.ndarray]:
+        """Observations of every held-out row, by the task it belongs to."""
+        rows = np.arange(len(self.held_out))
+        mine = {task: rows[[self.held_out.task(int(i)) == task for i in rows]] for task in self.held_out.tasks}
+        return {task: self._observed_rows(rows) for task, rows in mine.items() if len(rows)}
+
+    def _observed_rows(self, rows: np.ndarray) -> np.ndarray:
+        def batch(hand: np.ndarray) -> Any:
+            return self.objective.batch(self.held_out, rows[hand], spare=int(rows[0]))
+
+        return self._observed(self.held_out.lengths[rows], batch, self.objective.observe)
+
+    def _general(self) -> dict[str, float]:
         """Loss on general text; what it rises by is what the model forgot (PEFT's method comparison defines it so)."""
         examples = []
         for text in general_text(self.evaluate.forgetting):
             ids = np.array(self.tokenizer(text, add_special_tokens=True)["input_ids"][: self.max_length], np.int64)
             if len(ids) > 1:
                 examples.append((ids, np.ones(len(ids), bool)))
-        return self._sum(examples)
+        observed = self._observed(
+            np.array([len(ids) for ids, _ in examples]),
+            lambda hand: language.collate(
+                [examples[i] for i in hand] or [language.nothing(examples[0][0])], hand, packed=self.layout.packing
+            ),
+            language.observe,
+        )
+        return language.scores(observed)
 
-    def _sum(self, examples: list[tuple[np.ndarray, np.ndarray]]) -> LossSum:
-        total = torch.zeros(3, dtype=torch.float64)
+    def _observed(
+        self,
+        lengths: np.ndarray,
+        batch: Callable[[np.ndarray], Any],
+        observe: Callable[[Any, Any], np.ndarray],
+    ) -> np.ndarray:
+        """What all workers observe on examples of these lengths; `batch(positions)` makes a micro-batch of them."""
+        mine = []
         with self._evaluating(), torch.no_grad():
-            for start in range(0, len(examples), WINDOW * self.world):
-                window = examples[start : start + WINDOW * self.world]
-                lengths = np.array([len(ids) for ids, _ in window])
+            for start in range(0, len(lengths), WINDOW * self.world):
+                window = lengths[start : start + WINDOW * self.world]
                 hands = deal(
-                    lengths,
+                    window,
                     workers=self.world,
                     micro_batch_size=self.layout.micro_batch_size,
-                    max_length=max(self.max_length, int(lengths.max())),
+                    max_length=max(self.max_length, int(window.max())),
                     packed=self.layout.packing,
                 )
-                for hand in hands[self.rank]:
-                    batch = collate([window[i] for i in hand] or [nothing(window[0][0])], hand, layout=self.layout)
-                    tally = language.tally(self.model, batch)
-                    total += torch.tensor([tally.nats, tally.correct, tally.tokens], dtype=torch.float64)
+                mine += [observe(self.model, batch(start + hand)) for hand in hands[self.rank]]
                 self.beat()
-        reduced = summed(total, self.layout.device)
-        return LossSum(nll=float(reduced[0]), correct=int(reduced[1]), tokens=int(reduced[2]))
+        return joined([part for parts in gathered(joined(mine)) for part in parts if len(part)])
 
     def _answers(self) -> list[Answer]:
         questions = self.questions
@@ -141,10 +155,8 @@ class Meter:
                 )
         finally:
             core.set_attn_implementation(attention)
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, given)
         ordered = [""] * len(questions)
-        for rank, texts in enumerate(gathered):
+        for rank, texts in enumerate(gathered(given)):
             ordered[rank :: self.world] = texts
         return [
             Answer(q.row, q.task, self.tokenizer.decode(q.prompt_ids, skip_special_tokens=True), q.answer, text)
@@ -170,17 +182,11 @@ def spread(questions: Sequence[Question], count: int) -> list[Question]:
     return [questions[int(i)] for i in np.linspace(0, len(questions) - 1, count)] if count else []
 
 
-def collate(examples: list[tuple[np.ndarray, np.ndarray]], rows, *, layout: Layout) -> language.Batch:
-    """A micro-batch in the run's layout."""
-    ids, trained = [x for x, _ in examples], [t for _, t in examples]
-    if layout.packing:
-        return language.pack(ids, trained, rows)
-    return language.pad(ids, trained, rows, pad_id=0)
-
-
-def nothing(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two tokens that train nothing: what a worker without an example computes, so that collectives stay in step."""
-    return ids[:2], np.zeros(len(ids[:2]), bool)
+def gathered(mine: Any) -> list[Any]:
+    """What every worker has, in their order."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def summed(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -71,6 +71,7 @@ class Worker:
         import torch
         import torch.distributed as dist
 
+        from ftray.objectives import OBJECTIVES
         from ftray.store.checkpoints import Checkpoints
         from ftray.train.deepspeed import init_distributed
         from ftray.train.keeper import Keeper
@@ -89,6 +90,7 @@ class Worker:
         self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
         if (halved := self._kept("micro.json")) is not None:
             self.layout = replace(self.layout, micro_batch_size=min(halved, self.layout.micro_batch_size))
+        self.objective = OBJECTIVES[run.objective.kind](run.objective, packed=self.layout.packing, data=self.data)
         self.keeper = Keeper(
             Checkpoints(storage, folder.name, job.born),
             keep=run.scale.keep_checkpoints,
@@ -143,7 +145,7 @@ class Worker:
 
     def _base(self):
         """The base's weights and tokenizer; ModelError where they are not those that the driver saw."""
-        from ftray.models.load import fingerprint, load_base, load_tokenizer
+        from ftray.models.load import fingerprint, load_tokenizer
 
         run, layout = self.run, self.layout
         if (found := fingerprint(run.model)) != self.job.base:
@@ -152,7 +154,7 @@ class Worker:
                 f"the run was started ({self.job.base[:19]}); copy it there, or name a folder that every node mounts"
             )
         tokenizer = load_tokenizer(run.model)
-        model = load_base(
+        model = self.objective.load(
             run.model, method=run.method, dtype=self.dtype, attention=layout.attention, zero3=layout.zero == 3
         )
         return model, tokenizer
@@ -204,6 +206,7 @@ class Worker:
         self.meter = Meter(
             self.model,
             self.tokenizer,
+            objective=self.objective,
             held_out=self.data.eval,
             questions=self.data.questions,
             evaluate=run.evaluate,
@@ -274,18 +277,18 @@ class Worker:
         self.watchdog.beat()
         rows = self.windows.rows(step)
         micros = self._micros(rows)
-        counts = self.data.train.trained_counts[rows]
+        count = max(1, self.objective.count(self.data.train, rows))
         torch.manual_seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)  # dropout, whatever came before
         rate = self.schedule.lr_at(step)
         try:
-            done = update(self.engine, micros, self._loss, count=max(1, int(counts.sum())), lr=rate, ranks=self.ranks)
+            done = update(self.engine, micros, self._loss, count=count, lr=rate, ranks=self.ranks)
         except torch.OutOfMemoryError as error:
             self._halve(error)
             raise
         notes = [self.keeper.busy, self.notices.due, self.notices.stop]
         sums = torch.tensor([sum(done.sums), *map(float, notes)], dtype=torch.float64)
         total, busy, ask, stop = summed(sums, self.layout.device).tolist()
-        loss = total / max(1, int(counts.sum()))
+        loss = total / count
         self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=done.sums, micros=micros)
         if self.ranks is not None:
             self.ranks.after_step(step + 1, grad_norm=done.grad_norm)
@@ -331,7 +334,6 @@ class Worker:
 
     def _micros(self, rows):
         from ftray.data.pack import deal
-        from ftray.train.measure import collate, nothing
 
         store = self.data.train
         hands = deal(
@@ -341,25 +343,16 @@ class Worker:
             max_length=self.run.data.max_length,
             packed=self.layout.packing,
         )
-        micros = []
-        for hand in hands[self.rank]:
-            examples = [(store.ids(i), store.trained(i)) for i in rows[hand]]
-            micros.append(collate(examples or [nothing(store.ids(rows[0]))], rows[hand], layout=self.layout))
-        return micros
+        return [self.objective.batch(store, rows[hand], spare=int(rows[0])) for hand in hands[self.rank]]
 
     def _loss(self, engine, micro):
-        from ftray.objectives import OBJECTIVES
-
-        smoothing = getattr(self.run.objective, "label_smoothing", 0.0)
         with self._computing():
-            return OBJECTIVES[self.run.objective.kind].loss_sum(engine, micro, label_smoothing=smoothing)
+            return self.objective.loss_sum(engine, micro)
 
     def _evaluate(self, step: int) -> None:
-        from ftray.evaluate.suites import LossSum
-
-        total = sum(self.meter.losses().values(), LossSum())
-        self.log({"kind": "eval", "step": step, "loss": total.loss, "token_accuracy": total.token_accuracy})
-        self._report({"step": step, "eval_loss": total.loss})
+        scores = self.meter.quick()
+        self.log({"kind": "eval", "step": step, **scores})
+        self._report({"step": step, "eval_loss": scores.get("loss")})
 
     def _hand_over(self) -> None:
         """Write the version's files, read them back into the model, score what was read, and leave both in storage."""

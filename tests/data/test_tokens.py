@@ -116,3 +116,14 @@ def test_a_weight_that_does_not_divide_evens_out_over_epochs(tmp_path):
 
 def test_a_source_with_a_tiny_weight_is_still_seen(tmp_path):
     assert (order(_store(tmp_path, [0] * 5 + [1] * 5), [1.0, 0.01], 0, 0) >= 5).sum() == 1
+
+
+def test_columns_stand_beside_the_examples_and_are_whole(tmp_path):
+    with TokenWriter(tmp_path, 100) as writer:
+        for values in ([3, 1], [2]):
+            ids = np.arange(2 * len(values))
+            rows = [(0, writer.file_number("f"), line) for line in range(len(values))]
+            writer.extend(ids, ids > 0, [2] * len(values), rows, {"label": np.array(values)})
+        with pytest.raises(ValueError, match="column label: 1 values for 2 examples"):
+            writer.extend(np.arange(2), np.ones(2), [1, 1], [(0, 0, 1)] * 2, {"label": np.array([1])})
+    assert TokenStore.open(tmp_path).column("label").tolist() == [3, 1, 2]

@@ -8,7 +8,6 @@ import pytest
 from ftray.config.schema import Evaluate
 from ftray.errors import ConfigError
 from ftray.evaluate.compare import METRICS, Comparison, Scores, check_gate, compare, score, written
-from ftray.evaluate.suites import LossSum
 
 BASE = Scores(loss=2.0, token_accuracy=0.5, exact_match=0.0, general_loss=3.0)
 TUNED = Scores(loss=0.5, token_accuracy=0.9, exact_match=0.8, general_loss=3.2)
@@ -94,14 +93,17 @@ def test_a_gate_about_no_metric_is_refused_before_the_run():
     assert error.value.problems == (("evaluate.gate.1", "no metric 'exact_mach'; did you mean 'exact_match'?"),)
 
 
-def test_scores_come_from_sums_over_all_rows_and_per_task_where_there_are_several():
-    losses = {"orders": LossSum(2.0, 4, 3), "chat": LossSum(6.0, 4, 1)}
+def test_scores_are_told_per_task_where_there_are_several():
     scores = score(
-        losses,
+        {"loss": 1.0, "token_accuracy": 0.5},
+        by_task={
+            "orders": {"loss": 0.5, "token_accuracy": 0.75},
+            "chat": {"loss": 1.5, "token_accuracy": 0.25},
+        },
         predictions=['{"a": 1}', "hello", "bye"],
         answers=['{"a": 1}', "hello", "no"],
         tasks=["orders", "chat", "chat"],
-        general=LossSum(30.0, 10),
+        general_loss=3.0,
     )
     assert scores.loss == 1.0
     assert scores.token_accuracy == 0.5
@@ -113,7 +115,7 @@ def test_scores_come_from_sums_over_all_rows_and_per_task_where_there_are_severa
 
 
 def test_one_task_is_not_told_twice():
-    assert score({"orders": LossSum(2.0, 4, 3)}).tasks == {}
+    assert score({"loss": 0.5}, by_task={"orders": {"loss": 0.5}}).tasks == {}
 
 
 def test_values_are_written_as_people_read_them():

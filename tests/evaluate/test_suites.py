@@ -6,7 +6,6 @@ import pytest
 
 from ftray.errors import DataError
 from ftray.evaluate.suites import (
-    LossSum,
     answer_scores,
     check_labels,
     exact_match,
@@ -14,14 +13,6 @@ from ftray.evaluate.suites import (
     label_scores,
     perplexity,
 )
-
-
-def test_sums_are_divided_once_so_long_rows_weigh_more():
-    total = LossSum(nll=2.0, tokens=1, correct=0) + LossSum(nll=3.0, tokens=9, correct=6)
-    assert total.loss == 0.5  # a mean of means would be (2 + 1/3) / 2
-    assert total.token_accuracy == 0.6
-    assert LossSum().loss is None
-    assert LossSum().token_accuracy is None
 
 
 def test_perplexity_is_the_exponential_and_may_overflow():

@@ -328,7 +328,7 @@ def _write_version(variant: Variant, folder: Path, model, values: dict[str, torc
 def micros_of(store, rows, layout: Layout) -> list[list]:
     """[worker][micro-batch]"""
     from ftray.data.pack import deal
-    from ftray.train.measure import collate, nothing
+    from ftray.objectives.language import collate, nothing
 
     hands = deal(
         store.lengths[rows],
@@ -342,7 +342,7 @@ def micros_of(store, rows, layout: Layout) -> list[list]:
             collate(
                 [(store.ids(i), store.trained(i)) for i in rows[hand]] or [nothing(store.ids(rows[0]))],
                 rows[hand],
-                layout=layout,
+                packed=layout.packing,
             )
             for hand in mine
         ]
