@@ -93,6 +93,7 @@ class Drive:
         self.earlier = [record for record in self.records.values() if record.end]
         self.live: dict[str, int] = {}  # by Tune's id of the trial
         self.judged = False
+        self.compared: Record | None = None  # the trial in whose folder the base's scores are
         self.began, self.before = time.time(), folder.spent()
         self.gpu_seconds, self._spent_at = 0.0, 0.0
         for record in sorted(self.records.values(), key=lambda one: one.number):
@@ -127,17 +128,35 @@ class Drive:
         if record is not None:
             self.live[tune_id] = record.number
             return self.planner.task(record, self.folder, deadline=self._deadline())
+        best = result.best(self.sweep, list(self.records.values()))
         if self.live:
-            return None
+            return self._meanwhile(tune_id, best)
         if self.judged:
             return False
         self.judged = True
-        best = result.best(self.sweep, list(self.records.values()))
         if best is None or self._is_judged(best):
             return False
+        self._take_over_base(best)
         self.live[tune_id] = best.number
         self.board.say(f"scoring trial {best.number} in full")
-        return self.planner.task(best, self.folder, judge=True)
+        return self.planner.task(best, self.folder, judge="version")
+
+    def _meanwhile(self, tune_id: str, best: Record | None) -> Any:
+        """While the last trials run, a free seat scores the base, which the best is compared with at the end."""
+        if best is None or self.compared is not None or self.planner.workers > 1:
+            return None
+        self.compared = best
+        self.live[tune_id] = best.number
+        return self.planner.task(best, self.folder, judge="base")
+
+    def _take_over_base(self, best: Record) -> None:
+        """The base's scores that were made for another trial, where they hold for the best too."""
+        if self.compared is None or not self.planner.same_base(self.compared, best):
+            return
+        storage = self.folder.storage
+        there, here = (f"{self.folder.run(record.number).key}/before.json" for record in (self.compared, best))
+        if storage.exists(there) and not storage.exists(here):
+            storage.write_json(here, storage.read_json(there))
 
     def _next_record(self) -> Record | None:
         while self.waiting:

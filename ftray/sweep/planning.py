@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ftray.config.schema import Run
 from ftray.config.space import Values, ends, fixed, run_of, values_of
@@ -137,7 +137,19 @@ class Planner:
         planned = self.plan(values, seed=seed)
         return Record(number, dict(values), planned.run.seed, of, planned.parameters, planned.epochs)
 
-    def task(self, record: Record, folder: SweepFolder, *, deadline: float | None = None, judge: bool = False) -> Task:
+    def same_base(self, one: Record, other: Record) -> bool:
+        """Whether the base scores alike for two trials."""
+        first, second = (self.plan(record.values, seed=record.seed).run for record in (one, other))
+        return all(getattr(first, name) == getattr(second, name) for name in ("model", "data", "objective", "evaluate"))
+
+    def task(
+        self,
+        record: Record,
+        folder: SweepFolder,
+        *,
+        deadline: float | None = None,
+        judge: Literal["base", "version"] | None = None,
+    ) -> Task:
         planned = self.plan(record.values, seed=record.seed)
         sweep, run = self.sweep, planned.run
         every = max(1, round(sweep.every * planned.steps_per_epoch))

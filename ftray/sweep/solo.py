@@ -160,7 +160,7 @@ def open_trial(job: Job, bench: Bench, *, metric: str, whole: bool = False) -> S
     return Solo(job, run, folder, bench, metric=metric, whole=whole)
 
 
-def judge(job: Job, bench: Bench, *, version_key: str) -> None:
+def judge(job: Job, bench: Bench, *, version_key: str | None) -> None:
     """Score the base and a version's files, as `ftray evaluate` does, and leave both in the run's folder."""
     worker = open_trial(replace(job, version_key=version_key), bench, metric="loss")
     worker.sinks = []

@@ -15,7 +15,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from ray import tune
 
@@ -34,7 +34,7 @@ OVER_BUDGET = "the budget was used up"
 class Task:
     """What a seat is given, as plain data. `every`: steps between reports; `sign`: -1 where more is better.
 
-    `judge`: nothing is trained; the trial's version is scored as `ftray evaluate` scores one.
+    `judge`: nothing is trained; the base is scored as `ftray evaluate` does it, and the trial's version after it.
     """
 
     sweep: str
@@ -46,7 +46,7 @@ class Task:
     sign: int
     searching: bool
     deadline: float | None = None  # seconds since 1970
-    judge: bool = False
+    judge: Literal["base", "version"] | None = None
     whole: bool = False  # all that the run measures is what the sweep compares
     takes_bitsandbytes: bool = True  # one of the sweep's trials does; a process trains many
     replays: bool = True  # PBT takes up a trial where it was, and is not told again
@@ -216,7 +216,7 @@ class Seat(tune.Trainable):
     def _judge(self) -> dict[str, Any]:
         from ftray.sweep.solo import judge
 
-        judge(self.task.job, self.bench, version_key=self.task.version_key)
+        judge(self.task.job, self.bench, version_key=self.task.version_key if self.task.judge == "version" else None)
         return {"number": self.task.number, "searching": False, "ended": "judged", "done": True}
 
     def _micro(self) -> Any:

@@ -111,7 +111,7 @@ class Worker:
             self.keeper.finish()
             self._hand_over()
 
-    def evaluate(self, version_key: str) -> None:
+    def evaluate(self, version_key: str | None) -> None:
         """Score the base, and then a version's files read into it, but for what the run's folder has already."""
         from ftray.models import virtual
 
@@ -121,7 +121,7 @@ class Worker:
                 self.log({"kind": "phase", "text": "scoring the base"})
                 with virtual.left_away(self.model):
                     self._keep("before.json", self.meter.full())
-            if self._kept("after.json") is None:
+            if version_key and self._kept("after.json") is None:
                 self.log({"kind": "phase", "text": "scoring the tuned version"})
                 self._read_back(version_key)
                 self._keep("after.json", self.meter.full())
