@@ -77,6 +77,36 @@ class Clean(Section):
     max_chars: int | None = Field(None, ge=1, description="rows with a longer text are dropped")
 
 
+class Augment(Section):
+    """Altered copies of training rows: what is asked is put differently, the answer stays (EDA, arXiv 1901.11196)."""
+
+    copies: int = Field(0, ge=0, le=32, description="altered copies of each training row; 0: none")
+    noise: list[Literal["typos", "drop", "swap"]] = Field(
+        ["typos", "drop", "swap"], description="letters change places, words are missing, words change places"
+    )
+    rate: float = Field(0.1, gt=0, le=1, description="share of a text's words that noise and synonyms touch")
+    synonyms: dict[str, list[str]] = Field(
+        default_factory=dict, description="what may stand for a word or phrase, e.g. card: [debit card, bank card]"
+    )
+    templates: list[str] = Field(default_factory=list, description="other ways to ask, with {text} in each")
+
+    @field_validator("synonyms")
+    @classmethod
+    def _words_have_others(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for word, others in value.items():
+            if not word.strip() or not others:
+                raise ValueError(f"{word!r}: name a word, and at least one other that may stand for it")
+        return value
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_hold_the_text(cls, value: list[str]) -> list[str]:
+        for template in value:
+            if "{text}" not in template:
+                raise ValueError(f"{template!r} has no {{text}}, which is where the row's own words go")
+        return value
+
+
 class Data(Section):
     sources: list[Source] = Field(min_length=1, description="where rows come from; several make a mixture")
     eval_sources: list[Source] = Field(
@@ -85,6 +115,7 @@ class Data(Section):
     eval_fraction: float = Field(0.05, ge=0, lt=1, description="share of the rows held out, stable as files grow")
     eval_rows: int = Field(1000, ge=0, description="at most so many held-out rows")
     clean: Clean = Field(default_factory=Clean, description="what is dropped")
+    augment: Augment = Field(default_factory=Augment, description="altered copies of training rows, for small data")
     strict: bool = Field(False, description="true: a bad row is an error, not a line in the report")
     max_length: int = Field(1024, ge=8, description="tokens per example")
     too_long: Literal["auto", "truncate", "drop", "split"] = Field(
@@ -287,5 +318,10 @@ def _disagreements(run: Run):
         yield "method.last_layers: nothing is left to train; set it to 1 or more, or name patterns in train"
     if run.data.packing == "on" and run.model.attention in ("eager", "sdpa"):
         yield f"data.packing: {run.model.attention} attention knows no packed rows; use attention: auto or packing: off"
+    augment = run.data.augment
+    if augment.copies and not (augment.noise or augment.synonyms or augment.templates):
+        yield "data.augment.copies: nothing says how copies differ; add noise, synonyms or templates"
+    if augment.copies and run.objective.kind == "pretrain":
+        yield "data.augment.copies: plain text has no prompt to put differently; leave it out"
     if run.objective.kind == "pretrain" and run.data.few_shot:
         yield "data.few_shot: plain text has no prompts to put examples in; leave it out"

@@ -10,6 +10,7 @@ from itertools import chain, islice
 
 from ftray.config.schema import Data, Source
 from ftray.data import sources
+from ftray.data.augment import Augmenter
 from ftray.data.clean import Cleaner, key, said
 from ftray.data.encode import Chunk, Encoded, Encoder, Item, Place
 from ftray.data.format import Layout, Unusable, recognise
@@ -36,6 +37,7 @@ class Tally:
     named: list[Dropped] = field(default_factory=list)
     kept: Counter[bool] = field(default_factory=Counter)  # rows by whether they are held out
     last_kept: Place | None = None
+    altered: int = 0
     truncated: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -59,6 +61,7 @@ class Tally:
             rows_eval=self.kept[True],
             dropped=dict(self.dropped.most_common()),
             examples=tuple(self.named),
+            altered=self.altered,
             truncated=self.truncated,
             zero_trained=self.dropped["no trained tokens"] + self.dropped["no message to train on"],
             tokens=self.tokens,
@@ -101,6 +104,8 @@ class Build:
         else:
             rows = self._split_off(split, train)
         trained = self._with_shots(rows) if self.data.few_shot else rows
+        if self.data.augment.copies:
+            trained = self._with_copies(trained)
         yield from self._chunked(trained, held_out=False)
         self._progress(sum(tally.read for tally in self.tallies))
         yield from self._chunked(iter(split.held()), held_out=True)
@@ -228,6 +233,18 @@ class Build:
         if waiting:
             self._choose_shots(waiting)
             yield from waiting
+
+    def _with_copies(self, rows: Iterable[Item]) -> Iterator[Item]:
+        """Rows and their altered copies; a copy that asks what a held-out row may ask is left out."""
+        augmenter = Augmenter(self.data.augment, seed=self.seed)
+        held = 0.0 if self.data.eval_sources else self.data.eval_fraction * 2**64
+        for item in rows:
+            yield item
+            for example in augmenter.copies(item):
+                prompt = key(said(example).prompt, self.seed)
+                if prompt >= held and prompt not in self._held_prompts:
+                    self.tallies[item.source].altered += 1
+                    yield Item(*item.place, example)
 
     def _choose_shots(self, items: list[Item]) -> None:
         talks = [item for item in items if item.example.messages]

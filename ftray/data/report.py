@@ -40,6 +40,7 @@ class SourceReport:
     rows_eval: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     examples: tuple[Dropped, ...] = ()
+    altered: int = 0  # copies beside the rows
     truncated: int = 0
     zero_trained: int = 0
     tokens: int = 0
@@ -171,6 +172,8 @@ def _lines(report: DataReport) -> Iterable[str]:
             yield f"    {example.file}:{example.line}: {example.reason}"
         if len(source.examples) > 5:
             yield f"    ... {source.rows_dropped - 5:,} more; the report names {len(source.examples)}"
+        if source.altered:
+            yield f"  altered copies: {source.altered:,}"
         if source.truncated:
             yield f"  cut to {report.max_length} tokens: {source.truncated:,}"
     trained = f"{report.trained_tokens:,} trained ({report.trained_tokens / max(report.tokens, 1):.0%})"
