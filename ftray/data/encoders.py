@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ftray.config.objectives import ObjectiveSection, Sft
+from ftray.config.objectives import ObjectiveSection
 from ftray.config.schema import Data
 from ftray.data.encode import Encoder
 
@@ -17,12 +17,16 @@ def encoder_for(data: Data, objective: ObjectiveSection, tokenizer: Any) -> Enco
 def _language(data: Data, objective: Any, tokenizer: Any) -> Encoder:
     return Encoder(
         tokenizer,
-        objective=objective.kind,
-        train_on=objective.train_on if isinstance(objective, Sft) else "all",
+        objective="pretrain" if objective.kind == "pretrain" else "sft",
+        train_on=getattr(objective, "train_on", "all"),
         max_length=data.max_length,
         too_long=data.too_long,
         few_shot=data.few_shot,
     )
 
 
-ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {"sft": _language, "pretrain": _language}
+ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {
+    "sft": _language,
+    "pretrain": _language,
+    "distill": _language,
+}

@@ -26,6 +26,7 @@ METRICS = {
     "loss": Metric("Loss", "low", "number", "nats per trained token of the held-out rows"),
     "perplexity": Metric("Perplexity", "low", "number", "exp(loss)"),
     "token_accuracy": Metric("Token accuracy", "high", "share", "trained tokens that are the model's first choice"),
+    "teacher_kl": Metric("Teacher's divergence", "low", "number", "KL from the teacher, nats per trained token"),
     "exact_match": Metric("Exact match", "high", "share", "answers equal to the expected one, up to white space"),
     "json_match": Metric("JSON match", "high", "share", "answers with the same JSON value as the expected one"),
     "accuracy": Metric("Accuracy", "high", "share", "answers that are the right label"),
@@ -45,6 +46,7 @@ class Scores:
 
     loss: float | None = None
     token_accuracy: float | None = None
+    teacher_kl: float | None = None
     exact_match: float | None = None
     json_match: float | None = None
     accuracy: float | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,19 @@ def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "aut
     loaded.name_or_path = model.base  # what PEFT writes down as the base: the run's own word for it
     loaded.ftray_origin = Origin(model, saved_dtype, getattr(config.get_text_config(), "use_cache", True))
     return loaded
+
+
+@contextlib.contextmanager
+def without_zero3() -> Iterator[None]:
+    """Inside, `from_pretrained` loads whole weights even where ZeRO 3 would have them sharded while loading."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference
 
 
 def origin(model: Any) -> Origin:

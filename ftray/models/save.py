@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ftray.config.methods import PROMPTS, AdaLora, Full, Lora, Method, Vera, is_
 from ftray.errors import ModelError
 from ftray.models import adalora, virtual
 from ftray.models.adapt import pissa_start, trainable, unwrap
-from ftray.models.load import Origin, load_base, origin
+from ftray.models.load import Origin, load_base, origin, without_zero3
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -134,7 +134,7 @@ def _frozen_values(model: Any, came_from: Origin, state: Mapping[str, Any]) -> d
     if not any(hasattr(parameter, "ds_id") for parameter in frozen.values()):
         return frozen
     # ZeRO 3 has sharded them; gathering would need every rank, and the base's own files have the same values
-    with _without_zero3():
+    with without_zero3():
         base = load_base(came_from.model, method=Full(), dtype=came_from.saved_dtype)
     return dict(base.named_parameters())
 
@@ -165,7 +165,7 @@ def _model_tensors(model: Any, folder: Path) -> dict[str, Any]:
 
     read: Any = AutoModelForCausalLM.from_pretrained
     code = origin(model).model.trust_remote_code
-    with _without_zero3():
+    with without_zero3():
         loaded, info = read(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=code
         )
@@ -218,16 +218,3 @@ def _whole(parameter: Any) -> contextlib.AbstractContextManager:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-
-
-@contextlib.contextmanager
-def _without_zero3() -> Iterator[None]:
-    """Inside, `from_pretrained` loads whole weights even where ZeRO 3 would have them sharded while loading."""
-    from transformers.integrations import deepspeed as integration
-
-    reference = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = reference

@@ -28,6 +28,11 @@ class Objective(ABC):
     def __init__(self, section: Any, *, packed: bool, data: Prepared):
         self.section, self.packed, self.data = section, packed, data
 
+    @classmethod
+    def beside(cls, section: Any) -> Model | None:
+        """Another model that every worker holds frozen beside the one that learns, e.g. a teacher."""
+        return None
+
     def load(self, model: Model, **options: Any) -> Any:
         """The base, as `load_base` does it, with what this objective reads from it on top."""
         return load_base(model, **options)

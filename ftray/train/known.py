@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftray.config.schema import Run, Source
+from ftray.config.schema import Model, Run, Source
 from ftray.data import sources
 from ftray.data.prepare import Prepared, prepare
+from ftray.errors import ModelError
 from ftray.models.load import Shape
 from ftray.store.paths import Storage
 from ftray.train import cluster
@@ -22,22 +23,26 @@ SMALL_BYTES = 64 * 2**20  # below that, tokenising here is quicker than shipping
 
 @dataclass(frozen=True)
 class Known:
-    """`base` is its fingerprint; `packs`: it keeps packed examples apart."""
+    """`base` is its fingerprint; `packs`: it keeps packed examples apart; `beside`: weights of a model beside it."""
 
     base: str
     shape: Shape
     packs: bool
     data: Prepared
+    beside: int = 0
 
     @classmethod
     def of(cls, run: Run, storage: Storage, *, ray_ready: Callable[[], None] | None = None) -> Known:
         """Read, check and prepare. With `ray_ready`, which waits for the cluster, its CPUs tokenise large data."""
         from ftray.evaluate.suites import check_labels
         from ftray.models import adapt, attention, load
+        from ftray.objectives import OBJECTIVES
 
         config = load.load_config(run.model)
         tokenizer = load.load_tokenizer(run.model)
         adapt.check_method(config, run.method, tokenizer)
+        beside = OBJECTIVES[run.objective.kind].beside(run.objective)
+        other = _checked_beside(beside, tokenizer) if beside else None
         large = ray_ready is not None and _bytes(run.data.sources) > SMALL_BYTES
         if ray_ready is not None and large:
             ray_ready()
@@ -52,12 +57,27 @@ class Known:
         )
         if run.evaluate.labels:
             check_labels(run.evaluate.labels, [q.answer for q in data.questions], [q.row for q in data.questions])
+        every = [load.meta_model(one) for one in (config, other) if one is not None]
         return cls(
             base=load.fingerprint(run.model),
             shape=Shape.from_config(config),
-            packs=attention.supports_packing(load.meta_model(config)),
+            packs=all(map(attention.supports_packing, every)),
             data=data,
+            beside=Shape.from_config(other).parameters if other is not None else 0,
         )
+
+
+def _checked_beside(model: Model, tokenizer: Any) -> Any:
+    """The configuration of a model that stands beside the base. ModelError where it reads text as other tokens."""
+    from ftray.models import load
+
+    config = load.load_config(model)
+    if load.load_tokenizer(model).get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"objective.teacher: {model.base} has another vocabulary than model.base, so its choices have no meaning "
+            "here; take two models of one family"
+        )
+    return config
 
 
 def _bytes(wanted: Sequence[Source]) -> float:

@@ -175,7 +175,7 @@ def _failure_noted(folder: RunFolder, lease: Lease) -> Iterator[None]:
 
 def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
     """The run on these nodes, with every `auto` resolved."""
-    layout = resolve.lay_out(run, nodes=nodes, shape=known.shape, packs=known.packs)
+    layout = resolve.lay_out(run, nodes=nodes, shape=known.shape, packs=known.packs, beside=known.beside)
     lr = default_lr(run.method, known.shape.parameters) if run.optim.lr == "auto" else run.optim.lr
     store = known.data.train
     schedule = course(

@@ -21,6 +21,7 @@ class Layout:
     packing: bool
     micro_batch_size: int
     gradient_checkpointing: bool
+    beside: int = 0  # weights of another model that stands whole and frozen in every worker
     largest_weight: int = 100_000_000  # numbers in the model's largest weight, which NVMe buffers must hold
 
 

@@ -251,6 +251,7 @@ def predict(shape: Shape, *, method: Method, layout: Layout, optimizer: str, max
     logits = 12 * tokens * shape.vocab_size  # fp32: log-probabilities, and the gradients into and out of them
     step = fp32_gradients if layout.zero else 4 * min(BUCKET, learns.params) * (layout.workers > 1)
     overhead += max(0, step - activations - logits)
+    weights += width * layout.beside
     total = weights + gradients + moments + activations + logits + overhead + (host if layout.device == "cpu" else 0)
     return Memory(*map(int, (weights, gradients, moments, activations, logits, overhead, host, disk, total)))
 

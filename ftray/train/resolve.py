@@ -48,8 +48,8 @@ def _too_many(scale: Scale, nodes: Sequence[Node], *, gpus: float, cpus: float) 
     )
 
 
-def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool) -> Layout:
-    """The layout of a run on these nodes. `packs`: the model keeps packed examples apart."""
+def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool, beside: int = 0) -> Layout:
+    """The layout of a run on these nodes. `packs`: the model keeps packed examples apart; `beside` as in Layout."""
     scale, method = run.scale, run.method
     gpus, cpus = place(scale, nodes)
     device = "cuda" if gpus else "cpu"
@@ -79,6 +79,7 @@ def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool) -> La
         packing=packing,
         micro_batch_size=1,
         gradient_checkpointing=scale.gradient_checkpointing is True,
+        beside=beside,
         largest_weight=max([shape.embedding_params, *(a * b for a, b in shape.linears.values())]),
     )
     memory = min((node.gpu_bytes for node in nodes if node.gpus), default=0) if device == "cuda" else 0

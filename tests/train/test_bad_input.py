@@ -85,3 +85,20 @@ def test_a_storage_root_that_cannot_be_written(refused):
 
 def test_a_gate_on_a_metric_that_does_not_exist(refused):
     assert "exact_match" in refused(evaluate__gate='["exact_mach >= 0.5"]')
+
+
+def test_a_teacher_that_reads_other_tokens(refused, tmp_path):
+    import shutil
+
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    from ftray.models.builtin import builtin_folder
+
+    shutil.copytree(builtin_folder("builtin:tiny"), tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    tokenizer.add_tokens([AddedToken("<another>")])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    said = refused(objective__kind="distill", objective__teacher=str(tmp_path / "teacher"))
+    assert "objective.teacher" in said
+    assert "vocabulary" in said
