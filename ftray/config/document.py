@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -28,13 +28,11 @@ _RULES = (  # the first that matches the whole scalar names its type, so whole n
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    """Reads by _RULES alone."""
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes text that either version of YAML would read as something else."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -47,6 +45,7 @@ def _whole(rule: re.Pattern[str]) -> re.Pattern[str]:
     return re.compile(rf"(?:{rule.pattern})\Z")
 
 
+_Loader.yaml_implicit_resolvers = {}  # a class of its own copies PyYAML's rules at its first
 for _name, _rule, _first in _RULES:
     _Loader.add_implicit_resolver(_TAG + _name, _whole(_rule), _first)
 _Dumper.add_implicit_resolver(_TAG + "int", _whole(_INT), list("-+0123456789"))
