@@ -28,6 +28,9 @@ STARTERS: dict[str, dict[str, Any]] = {
     "prompt": {"method": {"kind": "prompt", "tokens": 20}},
     "p_tuning": {"method": {"kind": "p_tuning", "tokens": 20}},
     "full": {"method": {"kind": "full"}},
+    "dpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "dpo"}},
+    "orpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "orpo"}},
+    "kto": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "kto"}},
     "pretrain": {"method": {"kind": "full"}, "objective": {"kind": "pretrain"}, "evaluate": {"generate_rows": 0}},
 }
 # What nearly every run sets, so it is written out; every other key stands behind a '#' with its default.

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, shards
-from ftray.config.objectives import Objective, Pretrain, Sft
+from ftray.config.objectives import PREFERENCES, Dpo, Objective, Pretrain, Sft
 from ftray.config.section import Section
 
 __all__ = [
@@ -54,7 +54,9 @@ class Model(Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
-Format: TypeAlias = Literal["auto", "messages", "prompt_completion", "instruction", "sharegpt", "text"]
+Format: TypeAlias = Literal[
+    "auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "pairs", "judged"
+]
 
 
 class Source(Section):
@@ -260,6 +262,11 @@ class Run(Section):
     _name_is_safe = field_validator("name")(safe_name)
 
     @property
+    def longest(self) -> int:
+        """Tokens that an example can have."""
+        return self.data.max_length * self.objective.sequences
+
+    @property
     def takes_bitsandbytes(self) -> bool:
         return bool(getattr(self.method, "bits", None)) or self.optim.optimizer != "adamw"
 
@@ -325,3 +332,12 @@ def _disagreements(run: Run):
         yield "data.augment.copies: plain text has no prompt to put differently; leave it out"
     if run.objective.kind == "pretrain" and run.data.few_shot:
         yield "data.few_shot: plain text has no prompts to put examples in; leave it out"
+    if isinstance(run.objective, PREFERENCES):
+        if augment.copies:
+            yield f"data.augment.copies: {run.objective.kind} compares answers to one prompt; leave copies out"
+        if run.data.few_shot:
+            yield f"data.few_shot: {run.objective.kind} shows no examples in its prompts; leave it out"
+        if run.data.too_long == "split":
+            yield f"data.too_long: {run.objective.kind} compares whole answers; use truncate or drop"
+    if isinstance(run.objective, Dpo) and run.objective.label_smoothing and run.objective.loss in ("hinge", "ipo"):
+        yield f"objective.label_smoothing: {run.objective.loss} has no use for it; leave it out, or use loss: sigmoid"

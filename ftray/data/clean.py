@@ -48,7 +48,11 @@ def _said(example: Example) -> Said:
         return Said(content, content.casefold())
     parts = [_message(message) for message in example.messages]
     tools = [json.dumps(example.tools, ensure_ascii=False)] if example.tools else []
-    before = parts[: max(example.last_answer, 0)] or parts
+    before = parts[: example.shared if example.rejected else max(example.last_answer, 0)] or parts
+    if example.rejected:
+        parts += ["\x1d", *(_message(message) for message in example.rejected[example.shared :])]
+    if example.good is not None:
+        parts.append("good" if example.good else "bad")
     return Said("\x1e".join(tools + parts), "\x1e".join(tools + before).casefold())
 
 
@@ -89,6 +93,8 @@ class Cleaner:
             raise Unusable("near duplicate", f"like {like}", bad=False)
 
     def _check_size(self, example: Example) -> None:
+        if example.rejected:
+            self._check_size(Example(example.rejected))
         for number, message in enumerate(example.messages, 1):
             if not (message["content"] or "").strip() and not message.get("tool_calls") and message["role"] != "system":
                 kind = "empty answer" if message["role"] == "assistant" else "empty prompt or message"

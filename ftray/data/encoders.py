@@ -8,6 +8,7 @@ from typing import Any
 from ftray.config.objectives import ObjectiveSection
 from ftray.config.schema import Data
 from ftray.data.encode import Encoder
+from ftray.data.encode_preferences import JudgedEncoder, PairEncoder
 
 
 def encoder_for(data: Data, objective: ObjectiveSection, tokenizer: Any) -> Encoder:
@@ -25,8 +26,19 @@ def _language(data: Data, objective: Any, tokenizer: Any) -> Encoder:
     )
 
 
+def _pairs(data: Data, objective: Any, tokenizer: Any) -> Encoder:
+    return PairEncoder(tokenizer, objective=objective.kind, max_length=data.max_length, too_long=data.too_long)
+
+
+def _judged(data: Data, objective: Any, tokenizer: Any) -> Encoder:
+    return JudgedEncoder(tokenizer, objective=objective.kind, max_length=data.max_length, too_long=data.too_long)
+
+
 ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {
     "sft": _language,
     "pretrain": _language,
     "distill": _language,
+    "dpo": _pairs,
+    "orpo": _pairs,
+    "kto": _judged,
 }

@@ -5,6 +5,9 @@
     instruction        {"instruction", "input"?, "output"}
     sharegpt           {"conversations": [{"from", "value"}, ...]}
     text               {"text": str}
+    pairs              {"prompt", "chosen", "rejected": str or messages, "system"?: str}; without a prompt, chosen and
+                       rejected are conversations, and what both begin with is the prompt
+    judged             {"prompt", "completion": str or messages, "label": true/false, 1/0, good/bad, "system"?: str}
 
 `recognise` looks at a source's first rows; `Layout.example` turns one row into an example or raises `Unusable`.
 """
@@ -34,6 +37,23 @@ PAIRS = (
     ("query", "response"), ("query", "answer"), ("question", "response"), ("input", "output"), ("input", "target"),
     ("source", "target"), ("prompt", "answer"), ("prompt", "output"),
 )  # fmt: skip
+ASKED = ("prompt", "question", "instruction", "input", "query")  # columns read as the prompt of a pair
+GOOD = {"true", "1", "1.0", "good", "yes", "up", "desirable", "positive", "like", "thumbs_up", "👍"}
+BAD = {
+    "false",
+    "0",
+    "0.0",
+    "-1",
+    "-1.0",
+    "bad",
+    "no",
+    "down",
+    "undesirable",
+    "negative",
+    "dislike",
+    "thumbs_down",
+    "👎",
+}
 TURNS = ("messages", "conversations", "conversation")  # columns that hold a conversation
 # columns that may stand beside `text` without making its meaning doubtful
 BESIDE_TEXT = {
@@ -70,17 +90,29 @@ class Unusable(Exception):
 
 @dataclass(slots=True)
 class Example:
-    """Either messages (role, content, and optionally weight 0 or 1, tool_calls, ...) or a text."""
+    """Either messages (role, content, and optionally weight 0 or 1, tool_calls, ...) or a text.
+
+    Of a pair, `messages` is the conversation with the chosen answer and `rejected` the one with the other; of a judged
+    row `good` is its label.
+    """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
     tools: list[dict[str, Any]] | None = None
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    good: bool | None = None
 
     @property
     def last_answer(self) -> int:
         """Number of the last message of the assistant; -1 if there is none."""
         roles = [message["role"] for message in self.messages]
         return len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else -1
+
+    @property
+    def shared(self) -> int:
+        """Messages with which both conversations of a pair begin: its prompt."""
+        both = list(zip(self.messages, self.rejected, strict=False))
+        return next((n for n, (one, other) in enumerate(both) if one != other), len(both))
 
 
 @dataclass(frozen=True)
@@ -100,13 +132,40 @@ class Layout:
             if self.template:
                 text = self._fill(row)
             return Example(text=text)
+        if self.kind == "pairs":
+            return self._pair(row)
         messages = READERS[self.kind](self, row)
         tools = _tools(row.get(self.columns.get("tools", "tools")))
-        if self.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
+        messages = self._with_system(messages, row)
         if not any(message["role"] == "assistant" for message in messages):
             raise Unusable("no message of the assistant")
-        return Example(messages=messages, tools=tools)
+        return Example(messages=messages, tools=tools, good=self._label(row) if self.kind == "judged" else None)
+
+    def _pair(self, row: Mapping[str, Any]) -> Example:
+        chosen, rejected = (self._with_system(read_side(self, row, side), row) for side in ("chosen", "rejected"))
+        if chosen == rejected:
+            raise Unusable("chosen and rejected are the same")
+        example = Example(chosen, tools=_tools(row.get(self.columns.get("tools", "tools"))), rejected=rejected)
+        if not example.shared or all(message["role"] == "system" for message in chosen[: example.shared]):
+            raise Unusable("chosen and rejected do not answer the same prompt", "their first messages differ")
+        for side, messages in (("chosen", chosen), ("rejected", rejected)):
+            if not any(message["role"] == "assistant" for message in messages[example.shared :]):
+                raise Unusable(f"{side} has no answer", "no message of the assistant after what both begin with")
+        return example
+
+    def _label(self, row: Mapping[str, Any]) -> bool:
+        label = self.value(row, "label")
+        word = str(label).strip().lower()
+        if word not in GOOD | BAD:
+            raise Unusable("a label is neither good nor bad", f"{label!r}; write true or false, 1 or 0, good or bad")
+        return word in GOOD
+
+    def _with_system(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        said = row.get(self.columns["system"]) if "system" in self.columns else None
+        system = said if isinstance(said, str) and said.strip() else self.system
+        if system and messages[0]["role"] != "system":
+            return [{"role": "system", "content": system}, *messages]
+        return messages
 
     def value(self, row: Mapping[str, Any], ours: str) -> Any:
         value = row.get(self.columns[ours])
@@ -147,6 +206,13 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
             )
     known = {name: name for name in names} | columns
     kind = source.format if source.format != "auto" else _kind(rows, known, columns, objective)
+    if (wanted := LEARNS_FROM.get(objective)) not in (None, kind):
+        raise DataError(
+            f"{where}objective {objective} learns from {wanted}, which need {NEEDS[str(wanted)]}; {_have(names)}. "
+            "Map them with columns, or change the objective"
+        )
+    if wanted is None and kind in LEARNS_FROM.values():
+        raise DataError(f"{where}format {kind} is for objectives that compare answers, not for {objective}")
     if kind is None:
         raise DataError(
             f"{where}cannot tell how its rows are laid out; {_have(names)}. Name them, e.g. "
@@ -169,12 +235,18 @@ NEEDS = {
     "instruction": "columns 'instruction' and 'output'",
     "sharegpt": "a column 'conversations'",
     "text": "a column 'text'",
+    "pairs": "columns 'chosen' and 'rejected', with 'prompt' unless they are whole conversations",
+    "judged": "columns 'prompt', 'completion' and 'label'",
 }
+LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "kto": "judged"}
+"""What rows an objective needs; another reads any of the other formats."""
 
 
 def _kind(
     rows: Sequence[Mapping[str, Any]], known: Mapping[str, str], mapped: Mapping[str, str], objective: str
 ) -> str | None:
+    if wanted := LEARNS_FROM.get(objective):
+        return wanted if _used(wanted, known, mapped) else None
     if "prompt" in mapped and "completion" in mapped:
         return "prompt_completion"
     for name in TURNS:
@@ -197,7 +269,9 @@ def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dic
     def first(groups: Sequence[tuple[str, ...]], names: Sequence[str]) -> dict[str, str] | None:
         ranked = sorted(groups, key=lambda group: -len({*group} & {*mapped}))
         group = next((group for group in ranked if {*group} <= {*known}), None)
-        return {name: known[column] for name, column in zip(names, group, strict=True)} if group else None
+        if group is None:
+            return None
+        return {name: known[column] for name, column in zip(names[len(names) - len(group) :], group, strict=True)}
 
     used = {
         "messages": lambda: first([(name,) for name in TURNS], ["messages"]),
@@ -205,8 +279,18 @@ def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dic
         "prompt_completion": lambda: first(PAIRS, ["prompt", "completion"]),
         "instruction": lambda: first([("instruction", "output")], ["instruction", "output"]),
         "text": lambda: first([("text",)], ["text"]),
+        "pairs": lambda: first(
+            [*((asked, "chosen", "rejected") for asked in ASKED), ("chosen", "rejected")],
+            ["prompt", "chosen", "rejected"],
+        ),
+        "judged": lambda: first([(*pair, "label") for pair in PAIRS], ["prompt", "completion", "label"]),
     }[kind]()
-    optional = {"instruction": ("input", "tools"), "text": ()}.get(kind, ("tools",))
+    optional = {
+        "instruction": ("input", "tools"),
+        "text": (),
+        "pairs": ("tools", "system"),
+        "judged": ("tools", "system"),
+    }.get(kind, ("tools",))
     return used and used | {name: known[name] for name in optional if name in known}
 
 
@@ -215,7 +299,15 @@ def _read_messages(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any
 
 
 def _read_pair(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    prompt, completion = _turns_in(layout.value(row, "prompt")), _turns_in(layout.value(row, "completion"))
+    return read_side(layout, row, "completion")
+
+
+def read_side(layout: Layout, row: Mapping[str, Any], answer: str) -> list[dict[str, Any]]:
+    """The conversation of a row's prompt and the answer in the column `answer`; without a prompt, the answer's own."""
+    completion = _turns_in(layout.value(row, answer))
+    if "prompt" not in layout.columns:
+        return read_turns(completion)
+    prompt = _turns_in(layout.value(row, "prompt"))
     if _is_turns(prompt) and not layout.template:
         before = [
             {**message, "weight": 0} if message["role"] == "assistant" else message for message in read_turns(prompt)
@@ -223,8 +315,14 @@ def _read_pair(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     else:
         before = [{"role": "user", "content": layout.prompt(row, _text(prompt, "prompt"))}]
     if _is_turns(completion):
-        return before + read_turns(completion)
-    return [*before, {"role": "assistant", "content": _text(completion, "completion")}]
+        return _continued(before, read_turns(completion))
+    return [*before, {"role": "assistant", "content": _text(completion, answer)}]
+
+
+def _continued(before: list[dict[str, Any]], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some files repeat the prompt in the answer's messages."""
+    plain = [{key: value for key, value in message.items() if key != "weight"} for message in before]
+    return [*before, *turns[len(before) :]] if turns[: len(before)] == plain else before + turns
 
 
 def _read_instruction(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -241,6 +339,7 @@ READERS = {
     "prompt_completion": _read_pair,
     "instruction": _read_instruction,
     "sharegpt": _read_messages,
+    "judged": _read_pair,
 }
 
 

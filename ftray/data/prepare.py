@@ -147,6 +147,7 @@ def _write(build: Build, map_chunks: MapChunks, folder: Path, digest: str) -> No
             rows = [(place.source, writer.file_number(place.file), place.line) for place in encoded.places]
             writer.extend(encoded.ids, encoded.trained, encoded.lengths, rows, encoded.columns)
     build.check()
+    encoder.check(TokenStore.open(folder / "train"))
     questions = [
         Question(a.ids, a.answer, f"{a.place.file}:{a.place.line}", build.labels[a.place.source]) for a in asked
     ]

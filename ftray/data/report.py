@@ -182,7 +182,8 @@ def _lines(report: DataReport) -> Iterable[str]:
     if report.questions_too_long:
         yield f"  {report.questions_too_long:,} questions are longer than {report.max_length} tokens and are not asked"
     if report.length_histogram:
-        highs = [min(2 * low - 1, report.max_length) for low, _ in report.length_histogram]
+        # an example may hold several texts of max_length
+        highs = [2 * low - 1 for low, _ in report.length_histogram]
         bars = ", ".join(
             f"{low}-{high}: {count:,}" for (low, count), high in zip(report.length_histogram, highs, strict=True)
         )

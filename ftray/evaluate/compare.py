@@ -23,10 +23,19 @@ class Metric:
 
 
 METRICS = {
-    "loss": Metric("Loss", "low", "number", "nats per trained token of the held-out rows"),
+    "loss": Metric(
+        "Loss", "low", "number", "what the objective lowers, on held-out rows: of text, nats a trained token"
+    ),
     "perplexity": Metric("Perplexity", "low", "number", "exp(loss)"),
     "token_accuracy": Metric("Token accuracy", "high", "share", "trained tokens that are the model's first choice"),
     "teacher_kl": Metric("Teacher's divergence", "low", "number", "KL from the teacher, nats per trained token"),
+    "reward_accuracy": Metric(
+        "Reward accuracy", "high", "share", "pairs whose chosen answer has the higher implicit reward; a tie is half"
+    ),
+    "reward_margin": Metric(
+        "Reward margin", "high", "number", "implicit reward of chosen, or good, answers above others"
+    ),
+    "reward_auc": Metric("Reward AUC", "high", "share", "good answers rewarded above bad ones; a tie is half"),
     "exact_match": Metric("Exact match", "high", "share", "answers equal to the expected one, up to white space"),
     "json_match": Metric("JSON match", "high", "share", "answers with the same JSON value as the expected one"),
     "accuracy": Metric("Accuracy", "high", "share", "answers that are the right label"),
@@ -47,6 +56,9 @@ class Scores:
     loss: float | None = None
     token_accuracy: float | None = None
     teacher_kl: float | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    reward_auc: float | None = None
     exact_match: float | None = None
     json_match: float | None = None
     accuracy: float | None = None
@@ -58,7 +70,8 @@ class Scores:
 
     @property
     def perplexity(self) -> float | None:
-        return None if self.loss is None else perplexity(self.loss)
+        """Of a loss per token, which that of compared answers is not."""
+        return None if self.loss is None or self.reward_margin is not None else perplexity(self.loss)
 
     def values(self) -> dict[str, float]:
         """What was measured, by name, in the order of METRICS."""

@@ -133,7 +133,8 @@ def _tiles(compared: Comparison) -> Html:
     """The few numbers that most readers come for: loss, the best measure of the answers, and what it cost."""
     rows = {row.metric: row for row in compared.rows}
     answers = next((name for name in ("f1", "json_match", "exact_match") if name in rows), None)
-    chosen = [name for name in ("loss", answers, "token_accuracy", "general_loss") if name in rows]
+    every = ("loss", "reward_accuracy", "reward_auc", answers, "token_accuracy", "general_loss")
+    chosen = [name for name in every if name in rows]
     return tag("div", *(_tile(rows[name]) for name in chosen if name), class_="cells tiles")
 
 

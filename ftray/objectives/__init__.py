@@ -3,5 +3,13 @@
 from ftray.objectives.distill import Distill
 from ftray.objectives.language import Language
 from ftray.objectives.objective import Objective
+from ftray.objectives.preferences import Dpo, Kto, Orpo
 
-OBJECTIVES: dict[str, type[Objective]] = {"sft": Language, "pretrain": Language, "distill": Distill}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sft": Language,
+    "pretrain": Language,
+    "distill": Distill,
+    "dpo": Dpo,
+    "orpo": Orpo,
+    "kto": Kto,
+}

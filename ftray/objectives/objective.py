@@ -7,16 +7,19 @@ positions of a window by their lengths, and adds up and divides sums.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from ftray.config.schema import Model
+from ftray.config.schema import Method, Model
 from ftray.data.prepare import Prepared
 from ftray.data.tokens import TokenStore
 from ftray.models.load import load_base
+
+Observe = Callable[[Any, Any], np.ndarray]  # (model, batch) -> [rows of the batch, figures]
+Figures = Callable[[TokenStore, Observe], np.ndarray]  # -> [rows of the store, figures], in its order
 
 
 class Objective(ABC):
@@ -36,6 +39,18 @@ class Objective(ABC):
     def load(self, model: Model, **options: Any) -> Any:
         """The base, as `load_base` does it, with what this objective reads from it on top."""
         return load_base(model, **options)
+
+    def begin(self, model: Any, *, method: Method, stores: Sequence[TokenStore], figures: Figures) -> None:
+        """Called once the model is built and before its weights change, be it by learning or by a checkpoint.
+
+        `figures(store, observe)` is `observe(model, batch)` over every row of a store, computed once in a run;
+        `stores` are those that the run will read.
+        """
+        return
+
+    def before_update(self, model: Any, micros: Sequence[Any], *, count: int) -> None:
+        """Called before each update with this worker's micro-batches of the window: what their loss shares."""
+        return
 
     @abstractmethod
     def count(self, store: TokenStore, rows: np.ndarray) -> int:

@@ -24,7 +24,8 @@ from ftray.store.runs import RunFolder
 from ftray.train.track import open_trackers
 from ftray.train.worker import Job, Worker
 
-LOSSES = ("loss", "perplexity", "token_accuracy")  # what needs no generated answers
+# what needs no generated answers
+LOSSES = ("loss", "perplexity", "token_accuracy", "reward_accuracy", "reward_margin", "reward_auc")
 
 
 @dataclass

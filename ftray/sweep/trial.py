@@ -279,12 +279,14 @@ class GroupSeat(tune.Trainable):
 
     def _next(self) -> dict[str, Any] | None:
         """The next report, made of what the workers have logged."""
+        from ftray.sweep.solo import LOSSES
+
         rows = sorted((r for r in self.task.folder.metrics() if r["kind"] == "eval"), key=lambda row: row["step"])
         if len(rows) <= self.told or self.task.judge:
             return None
         row = rows[self.told]
         self.told += 1
-        return self._tell(row["step"], {name: row[name] for name in ("loss", "token_accuracy")})
+        return self._tell(row["step"], {name: row[name] for name in LOSSES if name in row})
 
     def _last(self) -> dict[str, Any]:
         from ftray.evaluate.compare import Scores
@@ -297,7 +299,7 @@ class GroupSeat(tune.Trainable):
         return {**self.task.result(row), **self.task.end(DONE, scores=scores)}
 
     def _tell(self, step: int, scores: dict[str, float]) -> dict[str, Any]:
-        if "loss" in scores and math.isfinite(scores["loss"]):
+        if "token_accuracy" in scores and math.isfinite(scores["loss"]):
             scores = {**scores, "perplexity": math.exp(min(700.0, scores["loss"]))}
         seconds = self.before + time.monotonic() - self.began
         row = self.task.report(step=step, scores=scores, seconds=seconds, lr=self.task.job.schedule.lr)

@@ -22,6 +22,7 @@ class Layout:
     micro_batch_size: int
     gradient_checkpointing: bool
     beside: int = 0  # weights of another model that stands whole and frozen in every worker
+    sequences: int = 1  # texts of data.max_length in an example
     largest_weight: int = 100_000_000  # numbers in the model's largest weight, which NVMe buffers must hold
 
 

@@ -91,6 +91,18 @@ class Meter:
         mine = {task: rows[[self.held_out.task(int(i)) == task for i in rows]] for task in self.held_out.tasks}
         return {task: self._observed_rows(rows) for task, rows in mine.items() if len(rows)}
 
+    def over(self, store: TokenStore, observe: Callable[[Any, Any], np.ndarray]) -> np.ndarray:
+        """[rows, figures]: what `observe(model, batch)` gives for each row of a batch, of every row of a store."""
+
+        def numbered(model: Any, batch: Any) -> np.ndarray:
+            return np.column_stack([np.array(batch.rows, np.float64), observe(model, batch)])
+
+        def batch(hand: np.ndarray) -> Any:
+            return self.objective.batch(store, hand, spare=0)
+
+        found = self._observed(store.lengths, batch, numbered)
+        return found[np.argsort(found[:, 0]), 1:] if len(found) else found
+
     def _observed_rows(self, rows: np.ndarray) -> np.ndarray:
         def batch(hand: np.ndarray) -> Any:
             return self.objective.batch(self.held_out, rows[hand], spare=int(rows[0]))

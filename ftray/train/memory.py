@@ -209,7 +209,8 @@ def _block(name: str, shape: Shape) -> int:
 
 
 def predict(shape: Shape, *, method: Method, layout: Layout, optimizer: str, max_length: int) -> Memory:
-    """The peak of one worker that holds micro_batch_size x max_length tokens, all of them trained: the worst case.
+    """The peak of one worker that holds micro_batch_size examples of max_length tokens, all of them trained: the worst
+    case. An example may be several such texts (`layout.sequences`).
 
     Model states in bytes a learnt weight, for N workers (ZeRO, arXiv 1910.02054, section 3, bf16):
       zero 0   4 weight, 2 its autocast copy, 4 gradient, 8 moments; nothing is shared out
@@ -218,7 +219,8 @@ def predict(shape: Shape, *, method: Method, layout: Layout, optimizer: str, max
     Offload puts the master copy, moments and fp32 gradients into `host` or `disk`, and under zero 3 the weights.
     """
     learns, width = learning(shape, method), WIDTH[layout.dtype]
-    tokens = layout.micro_batch_size * (max_length + (method.tokens if isinstance(method, PROMPTS) else 0))
+    virtual = method.tokens if isinstance(method, PROMPTS) else 0
+    tokens = layout.micro_batch_size * layout.sequences * (max_length + virtual)
     share = layout.workers if layout.zero else 1
     bits = getattr(method, "bits", None)
     autocast = _autocasts(layout)

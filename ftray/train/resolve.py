@@ -80,6 +80,7 @@ def lay_out(run: Run, *, nodes: Sequence[Node], shape: Shape, packs: bool, besid
         micro_batch_size=1,
         gradient_checkpointing=scale.gradient_checkpointing is True,
         beside=beside,
+        sequences=run.objective.sequences,
         largest_weight=max([shape.embedding_params, *(a * b for a, b in shape.linears.values())]),
     )
     memory = min((node.gpu_bytes for node in nodes if node.gpus), default=0) if device == "cuda" else 0
@@ -121,7 +122,7 @@ def _sized(run: Run, layout: Layout, shape: Shape, memory: int, method: Method) 
     if isinstance(method, Prefix):
         checkpointing = False  # its keys and values are a cache, which recomputing a block would fill again
     if not memory:
-        chosen = min(each, max(1, CPU_TOKENS // run.data.max_length)) if micro == "auto" else micro
+        chosen = min(each, max(1, CPU_TOKENS // run.longest)) if micro == "auto" else micro
         return replace(layout, micro_batch_size=chosen, gradient_checkpointing=checkpointing is True)
     for recompute in (False, True) if checkpointing == "auto" else (checkpointing,):
         tried = replace(layout, gradient_checkpointing=recompute)

@@ -215,6 +215,15 @@ class Worker:
             computing=self._computing,
             beat=lambda: self.watchdog.beat(),
         )
+        stores = [self.data.eval] if self.job.version_key else [self.data.train, self.data.eval]
+        self.objective.begin(model, method=run.method, stores=stores, figures=self._figures)
+
+    def _figures(self, store, observe):
+        """What is observed on every row of a store: from the run's folder, or now, and kept there."""
+        from ftray.train.figures import kept
+
+        where = f"{self.folder.key}/figures/{Path(self.job.data_key).name}-{store.folder.name}.npy"
+        return kept(self.storage, where, compute=lambda: self.meter.over(store, observe), log=self.log)
 
     def _computing(self) -> contextlib.AbstractContextManager:
         """Without ZeRO, 16-bit computing is autocast over fp32 learnt weights; with it, the weights are 16-bit."""
@@ -281,6 +290,8 @@ class Worker:
         torch.manual_seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)  # dropout, whatever came before
         rate = self.schedule.lr_at(step)
         try:
+            with self._computing():
+                self.objective.before_update(self.model, micros, count=count)
             done = update(self.engine, micros, self._loss, count=count, lr=rate, ranks=self.ranks)
         except torch.OutOfMemoryError as error:
             self._halve(error)
@@ -340,7 +351,7 @@ class Worker:
             store.lengths[rows],
             workers=self.world,
             micro_batch_size=self.layout.micro_batch_size,
-            max_length=self.run.data.max_length,
+            max_length=self.run.longest,
             packed=self.layout.packing,
         )
         return [self.objective.batch(store, rows[hand], spare=int(rows[0])) for hand in hands[self.rank]]

@@ -16,11 +16,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from ftray.config.schema import AdaLora, Full, Method, Model, Optim
+from ftray.config.objectives import ObjectiveSection
+from ftray.config.schema import AdaLora, Evaluate, Full, Method, Model, Optim, Sft
 from ftray.train.layout import Layout
 
 ROWS, EPOCHS, BATCH, SAVED_AFTER, LONGEST = 13, 2, 6, 2, 40  # 5 steps, of which the last has only 2 rows
@@ -57,6 +59,8 @@ class Variant:
     checkpointing: bool = False
 
     method: Method = field(default_factory=Full)
+    objective: ObjectiveSection = field(default_factory=Sft)
+    rows: str = "rows"  # folder of what it learns from
     dtype: str = "fp32"
     optimizer: str = "adamw"
     weight_decay: float = 0.0
@@ -213,12 +217,13 @@ def train(variant: Variant, folder: Path) -> Curve:
     from ftray.data.tokens import TokenStore
     from ftray.models.adapt import adapt, trainable
     from ftray.models.load import Shape, load_base, load_config
-    from ftray.objectives import language
+    from ftray.objectives import OBJECTIVES
     from ftray.store.checkpoints import Checkpoints
     from ftray.store.paths import Storage
     from ftray.train import keeper as keeper_module
     from ftray.train import state
     from ftray.train.deepspeed import build_engine, deepspeed_config, update
+    from ftray.train.measure import Meter
     from ftray.train.nvme import make_nvme_ready
     from ftray.train.ranks import RankBudget
     from ftray.train.schedule import Windows
@@ -232,8 +237,11 @@ def train(variant: Variant, folder: Path) -> Curve:
         make_nvme_ready(layout.nvme_path)
     optim = optim_of(variant)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[variant.dtype]
-    store = TokenStore.open(folder / "rows")
+    store = TokenStore.open(folder / variant.rows)
     schedule = schedule_of(variant)
+    objective = OBJECTIVES[variant.objective.kind](
+        variant.objective, packed=layout.packing, data=SimpleNamespace(train=store, eval=store)
+    )
     windows = Windows(store, [], schedule)
 
     torch.manual_seed(SEED)
@@ -255,6 +263,18 @@ def train(variant: Variant, folder: Path) -> Curve:
     named = trainable(model)
     engine = build_engine(model, named=named, layout=layout, optim=optim, lr=schedule.lr, dtype=dtype)
     model.train()
+    meter = Meter(
+        model,
+        None,
+        objective=objective,
+        held_out=store,
+        questions=[],
+        evaluate=Evaluate(generate_rows=0),
+        layout=layout,
+        max_length=LONGEST,
+        computing=contextlib.nullcontext,
+    )
+    objective.begin(model, method=variant.method, stores=[store], figures=meter.over)
     ranks = None
     if isinstance(variant.method, AdaLora):
         ranks = RankBudget(model, engine, named, max_grad_norm=optim.max_grad_norm)
@@ -274,14 +294,16 @@ def train(variant: Variant, folder: Path) -> Curve:
 
     def loss(engine, micro):
         with autocast:
-            return language.loss_sum(engine, micro)
+            return objective.loss_sum(engine, micro)
 
     losses, norms = [], []
     for step in range(first, schedule.steps):
         rows = windows.rows(step)
         torch.manual_seed(1000 * step + rank)  # dropout
-        count = int(store.trained_counts[rows].sum())
-        micros = micros_of(store, rows, layout)[rank]
+        count = objective.count(store, rows)
+        micros = micros_of(store, rows, layout, objective)[rank]
+        with autocast:
+            objective.before_update(model, micros, count=count)
         done = update(engine, micros, loss, count=count, lr=schedule.lr_at(step), ranks=ranks)
         if ranks is not None:
             ranks.after_step(step + 1, grad_norm=done.grad_norm)
@@ -325,10 +347,12 @@ def _write_version(variant: Variant, folder: Path, model, values: dict[str, torc
         torch.save(logits, version / "logits")
 
 
-def micros_of(store, rows, layout: Layout) -> list[list]:
+def micros_of(store, rows, layout: Layout, objective=None) -> list[list]:
     """[worker][micro-batch]"""
     from ftray.data.pack import deal
-    from ftray.objectives.language import collate, nothing
+    from ftray.objectives import OBJECTIVES
+
+    objective = objective or OBJECTIVES["sft"](Sft(), packed=layout.packing, data=SimpleNamespace(train=store))
 
     hands = deal(
         store.lengths[rows],
@@ -337,14 +361,4 @@ def micros_of(store, rows, layout: Layout) -> list[list]:
         max_length=LONGEST,
         packed=layout.packing,
     )
-    return [
-        [
-            collate(
-                [(store.ids(i), store.trained(i)) for i in rows[hand]] or [nothing(store.ids(rows[0]))],
-                rows[hand],
-                packed=layout.packing,
-            )
-            for hand in mine
-        ]
-        for mine in hands
-    ]
+    return [[objective.batch(store, rows[hand], spare=int(rows[0])) for hand in mine] for mine in hands]
