@@ -53,6 +53,8 @@ def show(arguments: argparse.Namespace) -> int:
         print(shown.as_json({"id": version.id, "digest": version.digest, "aliases": aliases, "card": version.card}))
         return 0
     about = {"version": version.id, "alias": _aliases(aliases), **_about(version), "digest": version.digest}
+    if made_of := [part["version"] for part in version.card.get("lineage", [])]:
+        about["chain"] = " → ".join([registry.resolve(made_of[0]).card.get("base", "?"), *made_of, version.id])
     about |= {"created": shown.when(version.created), "folder": registry.storage.uri(version.key)}
     print(f"{shown.pairs(about)}\n\ncard\n{dump(version.card)}", end="")
     return 0
@@ -161,7 +163,9 @@ def _fetched(arguments: argparse.Namespace) -> Iterator[tuple[Version, Path, Pat
 def _base(version: Version, arguments: argparse.Namespace) -> Model:
     """The base that the card names, or the one given with --base; it must be the one that was trained on."""
     from ftray.config.schema import Model
+    from ftray.models import chain
     from ftray.models.load import fingerprint
+    from ftray.store.paths import Storage
 
     card = version.card
     model = Model(
@@ -169,6 +173,7 @@ def _base(version: Version, arguments: argparse.Namespace) -> Model:
         revision=None if arguments.base else card.get("base_revision"),
         trust_remote_code=arguments.trust_remote_code,
     )
+    model = chain.found(model, Storage(arguments.storage))
     expected = card.get("base_fingerprint")
     if expected and fingerprint(model) != expected:
         raise RegistryError(

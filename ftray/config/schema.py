@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, shards
 from ftray.config.objectives import PREFERENCES, Dpo, Objective, Pretrain, Sft
@@ -33,6 +33,7 @@ __all__ = [
 Auto: TypeAlias = Literal["auto"]
 
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+REF_PATTERN = re.compile(rf"(?:{NAME_PATTERN.pattern})(?:@(?:{NAME_PATTERN.pattern}))?")
 GATE_PATTERN = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\s*")
 
 
@@ -46,12 +47,42 @@ def safe_name(value: str) -> str:
     return value
 
 
+VERSION = "adapters:"
+"""What a base that is a version of the registry begins with."""
+
+
 class Model(Section):
-    base: str = Field("builtin:tiny", description="a Hub id, a folder, or builtin:tiny")
+    base: str = Field(
+        "builtin:tiny", description="a Hub id, a folder, builtin:tiny, or adapters:name@v2: a version with its base"
+    )
     revision: str | None = Field(None, description="Hub revision; pin it, so that a run can be repeated")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field("auto", description="attention kernel")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    _place: tuple[str, str] | None = PrivateAttr(None)  # (base, its folder): of a version, once it is fetched
+
+    @property
+    def version(self) -> str | None:
+        """The version that is the base, e.g. "coffee-bot@v2"; None for other bases."""
+        return self.base.removeprefix(VERSION) if self.base.startswith(VERSION) else None
+
+    @property
+    def place(self) -> str | None:
+        """The folder on this machine that `at` noted for this base."""
+        return self._place[1] if self._place and self._place[0] == self.base else None
+
+    def at(self, folder: str) -> Model:
+        """The same, which lies in this folder here; what is written of it keeps its name."""
+        found = self.model_copy()
+        found._place = (self.base, folder)
+        return found
+
+    @field_validator("base")
+    @classmethod
+    def _names_a_version(cls, value: str) -> str:
+        if value.startswith(VERSION) and not REF_PATTERN.fullmatch(value.removeprefix(VERSION)):
+            raise ValueError(f"{value!r} names no version; write adapters:name, adapters:name@v2 or adapters:name@prod")
+        return value
 
 
 Format: TypeAlias = Literal[
@@ -281,6 +312,8 @@ class Run(Section):
 
 def _disagreements(run: Run):
     optim, scale, method = run.optim, run.scale, run.method
+    if run.model.version and run.model.revision:
+        yield f"model.revision: is of the Hub; say the version in the base, {VERSION}{run.model.version}"
     if isinstance(scale.workers, tuple):
         if optim.batch_size < scale.most:
             yield f"optim.batch_size: {optim.batch_size} examples are fewer than {scale.most} workers; try {scale.most}"

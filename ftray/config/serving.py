@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ftray.config.schema import NAME_PATTERN, Auto, Model, safe_name
+from ftray.config.schema import NAME_PATTERN, REF_PATTERN, Auto, Model, safe_name
 from ftray.config.section import Section
 
 Scope = Literal["infer", "admin"]
-REF_PATTERN = re.compile(rf"(?:{NAME_PATTERN.pattern})(?:@(?:{NAME_PATTERN.pattern}))?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

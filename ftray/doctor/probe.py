@@ -36,7 +36,7 @@ class Facts:
 
 
 def look(where: str, *, model: dict[str, Any] | None, gpus_told: float = 0.0) -> Facts:
-    """On the machine itself; `model` is the run's section, read where it is given."""
+    """On the machine itself; `model` is the run's section, with its storage; read where it is given."""
     from ftray.train.cluster import gpus_here, stand_still
 
     clock_s = time.time()
@@ -62,10 +62,14 @@ def _read(model: dict[str, Any] | None) -> tuple[str | None, str | None]:
         return None, None
     from ftray.config.schema import Model
     from ftray.errors import FtrayError
+    from ftray.models import chain
     from ftray.models.load import fingerprint, load_config
+    from ftray.store.paths import Storage
 
     try:
-        section = Model.model_validate(model)
+        section = Model.model_validate({key: value for key, value in model.items() if key != "storage"})
+        if section.version:
+            section = chain.found(section, Storage(model["storage"]))
         load_config(section)
         return fingerprint(section), None
     except (FtrayError, OSError) as error:

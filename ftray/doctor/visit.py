@@ -22,7 +22,7 @@ def visit(address: str | None, run: Run | None) -> list[Finding]:
     """Findings about the cluster at `address`, around us, or, where there is none, about this machine."""
     from ftray.train import cluster
 
-    model = None if run is None else run.model.model_dump(mode="json")
+    model = None if run is None else {**run.model.model_dump(mode="json"), "storage": run.storage}
     with cluster.quiet():
         driver = look("this machine", model=model)
         storage = [] if run is None else _storage(run, everywhere=False)

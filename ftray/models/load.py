@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import struct
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 from ftray.config.schema import Method, Model
 from ftray.errors import ModelError
 from ftray.models.builtin import builtin_folder
+from ftray.store.admission import CARD
+from ftray.store.paths import MARKER
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -85,6 +88,9 @@ class Shape:
 
 def resolve_base(model: Model) -> str:
     """The folder of a built-in or local base, or the Hub id as written. ModelError when it can be neither."""
+    if model.place:
+        return model.place
+    assert not model.version, f"{model.base} was not fetched: chain.here does it"
     if model.base.startswith("builtin:"):
         return str(builtin_folder(model.base))
     path = Path(model.base).expanduser()
@@ -276,7 +282,8 @@ def linear_shape(module: Any) -> tuple[int, int]:
 def fingerprint(model: Model) -> str:
     """Tells bases apart: the Hub commit, or for a folder a sha256 over configuration, tokenizer and weights.
 
-    Weight files below 64 MB are read whole; of larger ones the safetensors header and the size count.
+    Weight files below 64 MB are read whole; of larger ones the safetensors header and the size count. Of a version, and
+    of one that was merged, the digest counts too: it tells large models of one shape apart.
     """
     base = resolve_base(model)
     folder = Path(base)
@@ -287,6 +294,10 @@ def fingerprint(model: Model) -> str:
     for path in sorted(folder.iterdir()):
         if path.name in ("config.json", *TOKENIZER_FILES) or path.suffix == ".safetensors":
             total.update(f"{path.name}:{_file_digest(path)}\n".encode())
+    for name in (CARD, MARKER):  # of a version that was fetched from an object store only the card is here
+        if (folder / name).is_file():
+            total.update(json.loads((folder / name).read_text(encoding="utf-8"))["digest"].encode())
+            break
     return f"sha256:{total.hexdigest()}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ftray.config.schema import Full, Lora, Method, Model
+from ftray.config.schema import VERSION, Full, Lora, Method, Model
 from ftray.errors import ModelError
 from ftray.models.load import fingerprint, load_base, load_tokenizer, resolve_base
 from ftray.models.save import ADAPTER_CONFIG
@@ -71,14 +71,14 @@ def merge(model: Model, folder: Path, out: Path, dtype: Any) -> Path:
 def export(model: Model, folder: Path, out: Path) -> Path:
     """Copies a version to `out` so that peft or transformers load it with no ftray; returns `out`, which must be new.
 
-    A base that only ftray can name (builtin:...) is put beside the adapter, in `out`/base.
+    A base that only ftray can name (builtin:..., adapters:...) is put beside the adapter, in `out`/base.
     """
     with _new_folder(out) as draft:
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.name not in ("card.json", "COMPLETE.json"):
                 shutil.copyfile(path, draft / path.name)
         config = draft / ADAPTER_CONFIG
-        if config.is_file() and model.base.startswith("builtin:"):
+        if config.is_file() and model.base.startswith(("builtin:", VERSION)):
             shutil.copytree(resolve_base(model), draft / "base")
             written = json.loads(config.read_text(encoding="utf-8"))
             written["base_model_name_or_path"] = str((out / "base").absolute())

@@ -25,8 +25,10 @@ from ray.serve.schema import LoggingConfig
 
 from ftray.config.serving import Serving, VllmEngine
 from ftray.errors import ClusterError, ServeError
+from ftray.models import chain
 from ftray.ray_cluster import connect
 from ftray.serve.processes import EngineReplica, Ingress
+from ftray.store.paths import Storage
 
 APPLICATION = "ftray.serve.deploy:application"
 START_S = 600.0
@@ -51,6 +53,8 @@ Set for the processes started here; a cluster's own proxies follow the environme
 def application(args: dict[str, Any]) -> Any:
     """The Serve application of a serve file's content; Serve configs and KubeRay's RayService name this function."""
     serving = Serving.model_validate(args)
+    if serving.model.version:  # one version for all replicas, wherever its alias moves
+        serving = chain.pinned(serving, Storage(serving.storage))
     content = serving.model_dump(mode="json")
     low, high = _replicas(serving)
     engine = ray_serve.deployment(

@@ -14,6 +14,7 @@ from ftray.config.load import load_serving
 from ftray.config.schema import NAME_PATTERN
 from ftray.config.serving import REF_PATTERN, Serving
 from ftray.errors import RequestError
+from ftray.models import chain
 from ftray.models.load import fingerprint, load_tokenizer
 from ftray.serve.bodies import parse
 from ftray.serve.catalog import Catalog
@@ -52,6 +53,7 @@ def serving_for(name: str, *, storage: str, overrides: Sequence[str] = ()) -> Se
 
 async def start(serving: Serving, *, build: Callable[[Serving], Any] | None = None) -> InProcess:
     """Loads the base, which takes a while. `build` makes the engine; None: the one that the serve file would get."""
+    serving = await asyncio.to_thread(chain.here, serving, Storage(serving.storage))
     engine = await asyncio.to_thread(build or _build, serving)
     speaker = InProcess(serving, engine)
     await speaker.start()

@@ -1,4 +1,5 @@
-"""What a serve file will serve: `ftray serve --check`, and the first lines of a server. Loads no weights."""
+"""What a serve file will serve: `ftray serve --check`, and the first lines of a server. Loads no weights, but
+where the base is a version that was never merged."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ftray.config.serving import Serving
-from ftray.errors import FtrayError, ModelError
+from ftray.errors import FtrayError, ModelError, RegistryError
 from ftray.store.aliases import AliasState
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry, Version
@@ -99,11 +100,12 @@ def plan(serving: Serving) -> Plan:
 
 
 def _fingerprint(serving: Serving, problems: list[str]) -> str | None:
+    from ftray.models import chain
     from ftray.models.load import fingerprint
 
     try:
-        return fingerprint(serving.model)
-    except ModelError as error:
+        return fingerprint(chain.here(serving, Storage(serving.storage)).model)
+    except (ModelError, RegistryError) as error:
         problems.append(str(error))
         return None
 

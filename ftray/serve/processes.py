@@ -30,7 +30,7 @@ class EngineReplica:
         from ftray.store.registry import Registry
 
         logging.basicConfig(level=logging.INFO)
-        self._serving = Serving.model_validate(serving)
+        self._serving = await asyncio.to_thread(located, serving)
         engine = await asyncio.to_thread(build_engine, self._serving)
         self._engine = engine
         self._gatherer = Gatherer()
@@ -105,7 +105,7 @@ class Ingress:
         from ftray.store.paths import Storage
         from ftray.store.registry import Registry
 
-        config = Serving.model_validate(serving)
+        config = await asyncio.to_thread(located, serving)
         tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
         self._catalog = Catalog(
             Registry(Storage(config.storage)),
@@ -124,6 +124,15 @@ class Ingress:
     async def __del__(self) -> None:
         if hasattr(self, "_catalog"):
             await self._catalog.stop()
+
+
+def located(content: dict[str, Any]) -> Serving:
+    """The serve file, its base fetched where it is a version."""
+    from ftray.models import chain
+    from ftray.store.paths import Storage
+
+    serving = Serving.model_validate(content)
+    return chain.here(serving, Storage(serving.storage))
 
 
 def base_names(serving: Serving) -> list[str]:

@@ -168,22 +168,28 @@ class Registry:
         """Whose hold of a version has not run out."""
         return usage.holders(Shelf(self.storage, name), number)
 
+    def made_of(self, name: str, number: int) -> list[str]:
+        """Versions that began from this one, at whatever depth: their base cannot be made again without it."""
+        every = (version for other in self.names() for version in self.versions(other))
+        id_ = f"{name}@v{number}"
+        return [one.id for one in every if any(part["version"] == id_ for part in one.card.get("lineage", []))]
+
     def delete(self, ref: str) -> None:
         """Removes a version for good; its number is not used again. The ref must name the number: `name@v3`.
 
-        Refused while an alias points at it, a replica holds it, or its publication is in progress. What a killed
-        deletion left over is removed by repeating it.
+        Refused while an alias points at it, a replica holds it, another version is made of it, or its publication is
+        in progress. What a killed deletion left over is removed by repeating it.
         """
         asked = _parse(ref)
         if asked.number is None:
             raise BadReference(f"say which version to delete: {asked.name}@v3, not {ref!r}")
-        shelf = Shelf(self.storage, asked.name)
-        if asked.number in shelf.deleted():
-            shelf.clear(asked.number)
+        shelf, number = Shelf(self.storage, asked.name), asked.number
+        if number in shelf.deleted():
+            shelf.clear(number)
             return
-        if shelf.version(asked.number) is None:
-            self._check_abandoned(shelf, asked.number)
-        usage.delete(shelf, asked.number, lambda: self.aliases(asked.name))
+        if shelf.version(number) is None:
+            self._check_abandoned(shelf, number)
+        usage.delete(shelf, number, lambda: self.aliases(asked.name), lambda: self.made_of(asked.name, number))
 
     # helpers
 

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ftray.errors import RegistryError
@@ -64,12 +64,15 @@ def settle(shelf: Shelf, numbers: Iterable[int]) -> None:
         raise RegistryError(f"{shelf.name}@v{gone[0]} was deleted; choose another version")
 
 
-def delete(shelf: Shelf, number: int, aliases: Callable[[], Mapping[str, AliasState]]) -> None:
-    """Buries and clears a version; `aliases()` says where the aliases point now."""
+def delete(
+    shelf: Shelf, number: int, aliases: Callable[[], Mapping[str, AliasState]], made_of: Callable[[], Sequence[str]]
+) -> None:
+    """Buries and clears a version; `aliases()` says where the aliases point now, `made_of()` which versions began
+    from it."""
     sign = shelf.key("deleting", str(number), f"{secrets.token_hex(8)}.json")
     shelf.storage.write_json(sign, {**this_process(), "at": time.time()})
     try:
-        _check_unused(shelf, number, aliases())
+        _check_unused(shelf, number, aliases(), made_of())
         shelf.bury(number, reason="deleted")
     finally:
         shelf.storage.remove(sign)
@@ -77,13 +80,19 @@ def delete(shelf: Shelf, number: int, aliases: Callable[[], Mapping[str, AliasSt
     shelf.clear(number)
 
 
-def _check_unused(shelf: Shelf, number: int, aliases: Mapping[str, AliasState]) -> None:
+def _check_unused(shelf: Shelf, number: int, aliases: Mapping[str, AliasState], made_of: Sequence[str]) -> None:
     for alias, state in aliases.items():
         if number in state.targets:
             used = f"{shelf.name}@v{number} is {shelf.name}@{alias}"
             raise RegistryError(f"{used}; promote another version, or drop the alias, and delete it then")
     if names := holders(shelf, number):
         raise RegistryError(f"{shelf.name}@v{number} is held by {', '.join(names)}; unload it there, or wait")
+    if made_of:
+        shown = ", ".join(made_of[:5]) + (f" and {len(made_of) - 5} more" if len(made_of) > 5 else "")
+        raise RegistryError(
+            f"{shelf.name}@v{number} is part of the base of {shown}, which may not be served without it; "
+            "delete those first"
+        )
 
 
 def _lease_key(shelf: Shelf, number: int, holder: str) -> str:

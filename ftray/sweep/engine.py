@@ -14,6 +14,7 @@ from typing import Any
 from ftray.config.sweeping import Pbt, Sweep
 from ftray.errors import ConfigError, TrainError
 from ftray.evaluate.compare import check_gate
+from ftray.models import chain
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.sweep import result
@@ -63,6 +64,7 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
         storage.probe()
         folder = SweepFolder(storage, asked.name)
         with folder.lease() as lease:
+            asked = _based(asked, folder, fresh=fresh)
             if not fresh:
                 _refuse_other(asked, folder)
                 if (kept := folder.outcome()) is not None:
@@ -286,6 +288,13 @@ def _conclude(asked: Sweep, folder: SweepFolder, planner: Planner, *, began: flo
     )
     folder.conclude(asdict(outcome))
     return outcome
+
+
+def _based(asked: Sweep, folder: SweepFolder, *, fresh: bool) -> Sweep:
+    """The sweep with a base that is a version named by its number: the one that it began with, where it did."""
+    before = None if fresh or asked.run.model.version is None else folder.resolved()
+    began = before["sweep"]["run"]["model"]["base"] if before else None
+    return asked.model_copy(update={"run": chain.pinned(asked.run, folder.storage, began=began)})
 
 
 def _refuse_other(asked: Sweep, folder: SweepFolder) -> None:

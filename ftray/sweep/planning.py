@@ -98,15 +98,14 @@ class Planner:
 
     def check(self) -> None:
         """Lay out the corners of the space. ConfigError with every value that the base or the budget does not allow."""
-        from ftray.models import adapt, load
+        from ftray.models import adapt, chain, load
 
         problems: dict[str, str] = {}
         times: list[float] = []
         for values in corners(self.sweep):
             try:
-                adapt.check_method(
-                    load.load_config(run_of(self.sweep, values).model), run_of(self.sweep, values).method
-                )
+                run = chain.here(run_of(self.sweep, values), self.storage)
+                adapt.check_method(load.load_config(run.model), run.method)
                 planned = self.plan(values)
             except ModelError as error:
                 key, _, text = str(error).partition(": ")

@@ -23,21 +23,24 @@ SMALL_BYTES = 64 * 2**20  # below that, tokenising here is quicker than shipping
 
 @dataclass(frozen=True)
 class Known:
-    """`base` is its fingerprint; `packs`: it keeps packed examples apart; `beside`: weights of a model beside it."""
+    """`base` is its fingerprint; `packs`: it keeps packed examples apart; `beside`: weights of a model beside it;
+    `lineage`: the versions that the base is made of."""
 
     base: str
     shape: Shape
     packs: bool
     data: Prepared
     beside: int = 0
+    lineage: tuple[dict[str, str], ...] = ()
 
     @classmethod
     def of(cls, run: Run, storage: Storage, *, ray_ready: Callable[[], None] | None = None) -> Known:
         """Read, check and prepare. With `ray_ready`, which waits for the cluster, its CPUs tokenise large data."""
         from ftray.evaluate.suites import check_labels
-        from ftray.models import adapt, attention, load
+        from ftray.models import adapt, attention, chain, load
         from ftray.objectives import OBJECTIVES
 
+        run = chain.here(run, storage)
         config = load.load_config(run.model)
         tokenizer = load.load_tokenizer(run.model)
         adapt.check_method(config, run.method, tokenizer)
@@ -64,6 +67,7 @@ class Known:
             packs=all(map(attention.supports_packing, every)),
             data=data,
             beside=Shape.from_config(other).parameters if other is not None else 0,
+            lineage=tuple(chain.lineage(run.model, storage)),
         )
 
 

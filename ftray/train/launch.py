@@ -18,6 +18,7 @@ from ftray.data.order import epoch_rows
 from ftray.data.report import DataReport
 from ftray.errors import ConfigError, FtrayError, ModelError, Stopped
 from ftray.evaluate.compare import check_gate
+from ftray.models import chain
 from ftray.models.adapt import default_lr
 from ftray.models.load import fingerprint
 from ftray.ray_cluster import connect
@@ -88,6 +89,7 @@ def check(run: Run) -> CheckResult:
     """Data, base, method and fit, on the cluster that `scale.address` or RAY_ADDRESS names, else on this machine."""
     with cluster.quiet():
         storage = _storage(run)
+        run = _based(run, RunFolder(storage, run.name))
         known = Known.of(run, storage)
         if run.scale.address or os.environ.get("RAY_ADDRESS"):
             connect(run.scale.address)
@@ -104,6 +106,7 @@ def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
         began = time.monotonic()
         storage = _storage(run)
         version = Registry(storage).resolve(ref or run.name)
+        run = chain.here(_based(run, RunFolder(storage, run.name)), storage)
         if version.card.get("base_fingerprint") not in (None, fingerprint(run.model)):
             raise ModelError(
                 f"model.base: {version.id} was tuned on {version.card['base']}, which is not what {run.model.base} is "
@@ -131,6 +134,7 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
     storage = _storage(run)
     folder = RunFolder(storage, run.name)
     with folder.lease() as lease:
+        run = _based(run, folder, fresh=fresh)
         if not fresh and (finished := _finished(run, folder, began)):
             say(f"Run {run.name} is finished; `--fresh` starts it over.")
             return finished
@@ -259,6 +263,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
             if old.get(key) != new.get(key) and (section, key) != ("optim", "micro_batch_size"):
                 found.append((f"{section}.{key}", old.get(key), new.get(key)))
     return found
+
+
+def _based(run: Run, folder: RunFolder, *, fresh: bool = False) -> Run:
+    """The run with a base that is a version named by its number: the one that it began with, where it did."""
+    before = None if fresh or run.model.version is None else folder.resolved()
+    return chain.pinned(run, folder.storage, began=before["run"]["model"]["base"] if before else None)
 
 
 def _storage(run: Run) -> Storage:

@@ -85,6 +85,7 @@ def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
         "base": run.model.base,
         "base_revision": run.model.revision,
         "base_fingerprint": known.base,
+        **({"lineage": list(known.lineage)} if known.lineage else {}),
         "method": run.method.model_dump(mode="json"),
         "objective": run.objective.model_dump(mode="json"),
         "servability": servability(run.method),

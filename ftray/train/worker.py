@@ -71,13 +71,14 @@ class Worker:
         import torch
         import torch.distributed as dist
 
+        from ftray.models import chain
         from ftray.objectives import OBJECTIVES
         from ftray.store.checkpoints import Checkpoints
         from ftray.train.deepspeed import init_distributed
         from ftray.train.keeper import Keeper
 
-        self.job, self.run, self.folder, self.started = job, run, folder, started
         self.storage = storage = folder.storage
+        self.job, self.run, self.folder, self.started = job, chain.here(run, storage), folder, started
         self.layout, self.schedule = job.layout, job.schedule
         if self.layout.device == "cpu":
             torch.set_num_threads(max(1, int(self.layout.cpus_per_worker)))

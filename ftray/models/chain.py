@@ -1,0 +1,147 @@
+"""A base that is a version of the registry: `model.base: adapters:coffee-bot@v2`.
+
+The base is the version's own base with the adapter merged in, made once per version under the storage root, or the
+version itself where it is a whole model:
+
+```text
+models/<digest>/    config, weights, tokenizer with its chat template; COMPLETE.json last
+```
+The digest covers the adapter's files and its base's fingerprint, so that versions with equal weights share a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ftray.config.schema import VERSION, Model
+from ftray.errors import ModelError
+from ftray.models.merge import UNMERGEABLE, merge
+from ftray.models.save import ADAPTER_CONFIG
+from ftray.store.paths import MARKER, Storage
+from ftray.store.registry import Registry
+from ftray.store.versions import Version
+
+_NUMBER = re.compile(r"v\d+")
+LAYOUT = 1  # raised whenever the same version would be merged to other weights
+
+
+class WithModel(Protocol):
+    """A run or serve file."""
+
+    @property
+    def model(self) -> Model: ...
+    def model_copy(self, *, update: dict[str, Any]) -> Any: ...
+
+
+Asked = TypeVar("Asked", bound=WithModel)
+
+
+def pinned(asked: Asked, storage: Storage, *, began: str | None = None) -> Asked:
+    """The same with its base's version by number: what an alias or a bare name means now. RegistryError for none.
+
+    `began`: the base that it began with earlier, by number. It stays, wherever the alias points by now.
+    """
+    ref = asked.model.version
+    if ref is None:
+        return asked
+    name, _, at = ref.partition("@")
+    base = f"{VERSION}{name}@"
+    if began is not None and began.startswith(base) and not _NUMBER.fullmatch(at):
+        base = began
+    else:
+        base = VERSION + Registry(storage).resolve(ref).id
+    return asked.model_copy(update={"model": asked.model.model_copy(update={"base": base})})
+
+
+def here(asked: Asked, storage: Storage) -> Asked:
+    """The same with its base's version as a model on this machine. ModelError where nothing can start from it."""
+    return asked.model_copy(update={"model": found(asked.model, storage)})
+
+
+def found(model: Model, storage: Storage) -> Model:
+    """`here` of a model section alone."""
+    if model.version is None or model.place:
+        return model
+    registry = Registry(storage)
+    version = registry.resolve(model.version)
+    if _is_whole(version, storage):
+        return model.at(str(registry.fetch(version, _cache(version.digest))))
+    key = f"models/{_digest(version)}"
+    if not storage.exists(f"{key}/{MARKER}"):
+        _make(version, registry, key, trusted=model.trust_remote_code)
+    return model.at(str(_local_copy(storage, key)))
+
+
+def lineage(model: Model, storage: Storage) -> list[dict[str, str]]:
+    """The versions that a base is made of, the first trained first: [{version, digest}, …]; [] for a plain base."""
+    if model.version is None:
+        return []
+    version = Registry(storage).resolve(model.version)
+    return [*version.card.get("lineage", []), {"version": version.id, "digest": version.digest}]
+
+
+def _digest(version: Version) -> str:
+    text = f"{LAYOUT}\n{version.digest}\n{version.card.get('base_fingerprint') or version.card.get('base')}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _is_whole(version: Version, storage: Storage) -> bool:
+    """A whole model; of adapters ModelError unless they can be merged."""
+    if ADAPTER_CONFIG not in storage.read_json(f"{version.key}/{MARKER}")["files"]:
+        return True
+    config = storage.read_json(f"{version.key}/{ADAPTER_CONFIG}")
+    if (kind := config.get("peft_type")) in UNMERGEABLE:
+        raise ModelError(
+            f"model.base: {version.id} is a version of {kind}, which is no change of weights, so no run can start from "
+            f"it; start from its own base {version.card.get('base')!r}, or train a version by lora, full or another "
+            "method that merges"
+        )
+    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise ModelError(f"model.base: {version.id} is an adapter for {task}, which does not write text; take its base")
+    return False
+
+
+def _make(version: Version, registry: Registry, key: str, *, trusted: bool) -> None:
+    """The merged model into storage, once. Two who make it at once write the same."""
+    import torch
+
+    from ftray.models.load import fingerprint, load_config
+
+    card, storage = version.card, registry.storage
+    own = Model(base=card["base"], revision=card.get("base_revision"), trust_remote_code=trusted)
+    own = found(own, storage)
+    expected = card.get("base_fingerprint")
+    if expected and (now := fingerprint(own)) != expected:
+        raise ModelError(
+            f"model.base: {version.id} was trained on {own.base} with fingerprint {expected[:19]}, and what {own.base} "
+            f"is now has {now[:19]}; put that base back where it was"
+        )
+    dtype = getattr(load_config(own).get_text_config(), "dtype", None) or torch.bfloat16
+    with tempfile.TemporaryDirectory(prefix="ftray-merge-") as scratch:
+        folder = registry.fetch(version, Path(scratch, "version"))
+        out = merge(own, folder, Path(scratch, "model"), dtype)
+        about = {"digest": key.rpartition("/")[2], "adapter": version.digest, "base": expected}
+        (out / MARKER).write_text(json.dumps(about), encoding="utf-8")
+        if not storage.exists(f"{key}/{MARKER}"):  # another run may have made it meanwhile, and its files are in use
+            storage.upload(out, key)
+
+
+def _local_copy(storage: Storage, key: str) -> Path:
+    """The folder itself under a local root; elsewhere a copy, made once per machine."""
+    folder = _cache(key.rpartition("/")[2])
+    copied = folder / ".copied"  # files arrive one by one, and another process may be copying them
+    if copied.exists():
+        return folder
+    there = storage.download(key, folder)
+    if there == folder:
+        copied.touch()
+    return there
+
+
+def _cache(digest: str) -> Path:
+    return Path(tempfile.gettempdir(), "ftray-cache", "models", digest)
