@@ -12,7 +12,7 @@ import pytest
 from ftray.cli import main, parser
 from ftray.cli.serving import file_and_overrides
 from ftray.config.explain import sections_of
-from ftray.config.load import load_run, load_serving, load_sweep, run_from
+from ftray.config.load import load_run, load_runs, load_serving, load_sweep, run_from
 from ftray.config.methods import Method
 from ftray.config.objectives import Objective
 from ftray.config.schema import Run
@@ -51,9 +51,8 @@ def commands(start: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
 def test_a_sample_parses_and_says_what_it_is_for(path):
-    run = load_run(path)
     assert path.read_text(encoding="utf-8").startswith("# ")
-    assert run.evaluate.gate
+    assert all(run.evaluate.gate for run in load_runs(path))
 
 
 @pytest.mark.parametrize("path", SERVE_SAMPLES, ids=lambda path: path.name)
@@ -70,7 +69,7 @@ def test_a_sample_of_a_sweep_file_parses_and_says_what_it_is_for(path, monkeypat
 
 
 def test_there_is_a_sample_for_every_method_and_objective():
-    runs = [load_run(path) for path in SAMPLES]
+    runs = [run for path in SAMPLES for run in load_runs(path)]
     assert {run.method.kind for run in runs} == {section.model_fields["kind"].default for section in METHODS}
     assert any(run.method.kind == "lora" and run.method.bits == 4 for run in runs)
     assert {run.objective.kind for run in runs} == {kind.model_fields["kind"].default for kind in OBJECTIVES}

@@ -43,42 +43,52 @@ def init(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    from ftray.config.load import load_run
+    from ftray.config.load import load_runs
 
-    run = load_run(arguments.file, arguments.overrides)
-    from ftray.train.launch import check as plan
+    runs = load_runs(arguments.file, arguments.overrides)
+    from ftray.train.stages import check_all, heading
 
-    result = plan(run)
-    print(show.as_json(result.to_json()) if arguments.json else "\n".join(result.lines()))
-    return 0 if result.ok else 2
+    results = check_all(runs)
+    if arguments.json:
+        found = [result.to_json() for result in results]
+        print(show.as_json(found[0] if len(runs) == 1 else found))
+        return 0 if all(result.ok for result in results) else 2
+    for number, result in enumerate(results, start=1):
+        print("\n".join([*heading(runs, number), *result.lines()]))
+    return 0 if all(result.ok for result in results) else 2
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from ftray.config.load import load_run
+    from ftray.config.load import load_runs
 
-    run = load_run(arguments.file, arguments.overrides)
-    from ftray.train.launch import train as launch
+    runs = load_runs(arguments.file, arguments.overrides)
+    from ftray.train.stages import heading, train_all
 
-    outcome = launch(run, fresh=arguments.fresh, as_json=arguments.json)
-    _print_outcome(outcome, as_json=arguments.json, storage=run.storage)
+    outcomes = train_all(runs, fresh=arguments.fresh, as_json=arguments.json)
+    if arguments.json:
+        print(show.as_json(outcomes[0] if len(runs) == 1 else outcomes))
+        return 0
+    for number, (run, outcome) in enumerate(zip(runs, outcomes, strict=True), start=1):
+        print("\n".join(heading(runs, number)), end="\n" if len(runs) > 1 else "")
+        _print_outcome(outcome, storage=run.storage)
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from ftray.config.load import load_run
+    from ftray.config.load import load_runs
 
-    run = load_run(arguments.file, arguments.overrides)
+    run = load_runs(arguments.file, arguments.overrides)[-1]
     from ftray.train.launch import evaluate as judge
 
     outcome = judge(run, ref=arguments.ref)
-    _print_outcome(outcome, as_json=arguments.json, storage=run.storage)
+    if arguments.json:
+        print(show.as_json(outcome))
+    else:
+        _print_outcome(outcome, storage=run.storage)
     return 0
 
 
-def _print_outcome(outcome: Outcome, *, as_json: bool, storage: str) -> None:
-    if as_json:
-        print(show.as_json(outcome))
-        return
+def _print_outcome(outcome: Outcome, *, storage: str) -> None:
     from ftray.evaluate.compare import Comparison
     from ftray.evaluate.terminal import print_comparison
 

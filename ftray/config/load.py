@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ftray.config import document, explain
+from ftray.config import document, explain, stages
 from ftray.config.schema import Run
 from ftray.config.section import Section
 from ftray.config.serving import Serving
@@ -33,6 +33,29 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
     """
     text = _mapping(path, "expected keys such as name: and data: at the top; see `ftray init`")
     return run_from(text.data, overrides, source=os.fspath(path), lines=text, folder=Path(path).parent)
+
+
+def load_runs(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Run]:
+    """The same for a file that may have `stages:`: its runs in order, each but the first from the one before.
+
+    Overrides say what all stages share, or with `stages.1.optim.lr=1e-4` what one says itself.
+    """
+    source, text = os.fspath(path), _mapping(path, "expected keys such as name: and data: at the top")
+    if "stages" not in text.data:
+        return [load_run(path, overrides)]
+    runs: list[Run] = []
+    problems: dict[str, str] = {}
+    for stage in stages.expanded(_overridden(text.data, overrides, source), source):
+        try:
+            runs.append(run_from(stage.keys, source=source, folder=Path(path).parent))
+        except ConfigError as error:
+            for key, told in error.problems:
+                problems.setdefault(".".join(map(str, stage.place(_path(key)))), told)
+    if problems:
+        overridden = {override.partition("=")[0].strip() for override in overrides}
+        placed = [_placed(_path(key), told, overridden, text) for key, told in problems.items()]
+        raise ConfigError(source, [(key, told) for _, key, told in sorted(placed, key=lambda one: one[0])])
+    return runs
 
 
 def load_serving(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Serving:
@@ -96,6 +119,8 @@ def run_from(
     folder: Path | None = None,
 ) -> Run:
     """The same for plain data, e.g. a request's body. `lines` and `folder` are those of the file it came from."""
+    if "stages" in raw:
+        raise ConfigError(source, [("stages", "are for `ftray train` and `ftray check`; here one run is meant")])
     return _checked(Run, raw, overrides, source=source, lines=lines, folder=folder)
 
 
@@ -254,6 +279,10 @@ def _is_there(path: Path) -> bool:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _path(dotted: str) -> Path_:
+    return tuple(int(part) if part.isdigit() else part for part in dotted.split(".") if part)
 
 
 def _placed(path: Path_, text: str, overridden: set[str], lines: document.Document | None) -> tuple[int, str, str]:

@@ -109,9 +109,11 @@ def _is_whole(version: Version, storage: Storage) -> bool:
 def _make(version: Version, registry: Registry, key: str, *, trusted: bool) -> None:
     """The merged model into storage, once. Two who make it at once write the same."""
     import torch
+    from transformers.utils import logging
 
     from ftray.models.load import fingerprint, load_config
 
+    logging.disable_progress_bar()
     card, storage = version.card, registry.storage
     own = Model(base=card["base"], revision=card.get("base_revision"), trust_remote_code=trusted)
     own = found(own, storage)

@@ -14,7 +14,8 @@ from uuid import uuid4
 import yaml
 
 import ftray
-from ftray.config.load import load_run, load_serving, load_sweep
+from ftray.config.load import load_runs, load_serving, load_sweep
+from ftray.config.schema import Run
 from ftray.errors import ConfigError
 
 LIMIT_BYTES = 100 * 2**20  # what a Ray dashboard takes in one upload; the archive is not compressed
@@ -35,21 +36,19 @@ def wanted(file: str, overrides: Sequence[str], *, command: str | None, root: Pa
     """Reads the file and finds what it names. ConfigError for what would not be found on the cluster."""
     path = _inside(Path(file), root, f"{file}: submit from the folder that holds it")
     raw = _raw(Path(file))
-    command = command or ("sweep" if "run" in raw else "train" if "data" in raw else "serve")
+    command = command or ("sweep" if "run" in raw else "train" if {"data", "stages"} & raw.keys() else "serve")
     if command == "serve":
         serving = load_serving(file, overrides)
         _shared(file, "storage", serving.storage)
         return Wanted(command, serving.name, path, (path,))
     if command == "sweep":
         sweep = load_sweep(file, overrides)
-        run, name, mine = sweep.run, sweep.name, (path, *_run_file(raw.get("run"), Path(file), root))
+        runs, name, mine = [sweep.run], sweep.name, (path, *_run_file(raw.get("run"), Path(file), root))
     else:
-        run = load_run(file, overrides)
-        name, mine = run.name, (path,)
-    _shared(file, "storage", run.storage)
-    sources = [source.path for source in (*run.data.sources, *run.data.eval_sources)]
-    asked = [*sources, run.model.base, *([run.evaluate.forgetting] if isinstance(run.evaluate.forgetting, str) else [])]
-    found = [one for text in asked for one in _beside(text, root)]
+        runs = load_runs(file, overrides)
+        name, mine = runs[-1].name, (path,)
+    _shared(file, "storage", runs[0].storage)
+    found = [one for run in runs for text in _asked(run) for one in _beside(text, root)]
     return Wanted(command, name, path, tuple(dict.fromkeys([*mine, *found])))
 
 
@@ -74,6 +73,13 @@ def bundled(job: Wanted, root: Path) -> Iterator[Path]:
             problem = f"{size / 2**20:.0f} MiB to upload, {largest} the largest; a cluster takes 100"
             raise ConfigError(job.file, [("", f"{problem}. Put it into storage, and name it by its whole path or URI")])
         yield folder
+
+
+def _asked(run: Run) -> list[str]:
+    """What a run names that may lie beside its file."""
+    sources = [source.path for source in (*run.data.sources, *run.data.eval_sources)]
+    forgetting = [run.evaluate.forgetting] if isinstance(run.evaluate.forgetting, str) else []
+    return [*sources, *forgetting, *([] if run.model.version else [run.model.base])]
 
 
 def _run_file(named: object, sweep: Path, root: Path) -> list[str]:

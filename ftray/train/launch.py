@@ -89,7 +89,7 @@ def check(run: Run) -> CheckResult:
     """Data, base, method and fit, on the cluster that `scale.address` or RAY_ADDRESS names, else on this machine."""
     with cluster.quiet():
         storage = _storage(run)
-        run = _based(run, RunFolder(storage, run.name))
+        run = based(run, RunFolder(storage, run.name))
         known = Known.of(run, storage)
         if run.scale.address or os.environ.get("RAY_ADDRESS"):
             connect(run.scale.address)
@@ -106,7 +106,7 @@ def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
         began = time.monotonic()
         storage = _storage(run)
         version = Registry(storage).resolve(ref or run.name)
-        run = chain.here(_based(run, RunFolder(storage, run.name)), storage)
+        run = chain.here(based(run, RunFolder(storage, run.name)), storage)
         if version.card.get("base_fingerprint") not in (None, fingerprint(run.model)):
             raise ModelError(
                 f"model.base: {version.id} was tuned on {version.card['base']}, which is not what {run.model.base} is "
@@ -134,7 +134,7 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
     storage = _storage(run)
     folder = RunFolder(storage, run.name)
     with folder.lease() as lease:
-        run = _based(run, folder, fresh=fresh)
+        run = based(run, folder, fresh=fresh)
         if not fresh and (finished := _finished(run, folder, began)):
             say(f"Run {run.name} is finished; `--fresh` starts it over.")
             return finished
@@ -265,7 +265,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
     return found
 
 
-def _based(run: Run, folder: RunFolder, *, fresh: bool = False) -> Run:
+def based(run: Run, folder: RunFolder, *, fresh: bool = False) -> Run:
     """The run with a base that is a version named by its number: the one that it began with, where it did."""
     before = None if fresh or run.model.version is None else folder.resolved()
     return chain.pinned(run, folder.storage, began=before["run"]["model"]["base"] if before else None)
