@@ -248,6 +248,9 @@ class Evaluate(Section):
     labels: list[str] = Field(
         default_factory=list, description="answers are these labels: adds accuracy, precision, recall, F1"
     )
+    baselines: list[Annotated[int, Field(ge=0, le=32)]] = Field(
+        default_factory=list, description="the base prompted with so many training examples, e.g. [0, 4], as a rival"
+    )
     forgetting: bool | str = Field(
         True, description="loss on general text, before and after; or a text file of your own"
     )
@@ -256,6 +259,11 @@ class Evaluate(Section):
         default_factory=lambda: ["loss < base"],
         description="what a version must pass to be promoted, e.g. exact_match >= 0.5",
     )
+
+    @field_validator("baselines")
+    @classmethod
+    def _each_once(cls, value: list[int]) -> list[int]:
+        return sorted(set(value))
 
     @field_validator("gate")
     @classmethod
@@ -370,7 +378,13 @@ def _disagreements(run: Run):
             yield f"data.augment.copies: {run.objective.kind} compares answers to one prompt; leave copies out"
         if run.data.few_shot:
             yield f"data.few_shot: {run.objective.kind} shows no examples in its prompts; leave it out"
+        if run.evaluate.baselines:
+            yield f"evaluate.baselines: {run.objective.kind} shows no examples in its prompts; leave it out"
         if run.data.too_long == "split":
             yield f"data.too_long: {run.objective.kind} compares whole answers; use truncate or drop"
     if isinstance(run.objective, Dpo) and run.objective.label_smoothing and run.objective.loss in ("hinge", "ipo"):
         yield f"objective.label_smoothing: {run.objective.loss} has no use for it; leave it out, or use loss: sigmoid"
+    if run.evaluate.baselines and run.objective.kind == "pretrain":
+        yield "evaluate.baselines: plain text has no questions to ask; leave it out"
+    elif run.evaluate.baselines and not run.evaluate.generate_rows:
+        yield "evaluate.baselines: compares generated answers; set evaluate.generate_rows, or leave it out"

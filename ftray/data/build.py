@@ -4,7 +4,7 @@ counted."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
@@ -77,9 +77,17 @@ class Build:
     """
 
     def __init__(
-        self, data: Data, encoder: Encoder, *, seed: int, on_progress: Callable[[int], None] | None = None
+        self,
+        data: Data,
+        encoder: Encoder,
+        *,
+        seed: int,
+        baselines: Sequence[int] = (),
+        on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self.data, self.encoder, self.seed = data, encoder, seed
+        self._asked_with = max(baselines, default=0)
+        self._most_shown = max(data.few_shot, self._asked_with)
         self.tallies = [Tally(s, False) for s in data.sources] + [Tally(s, True) for s in data.eval_sources]
         self.labels = [tally.source.path for tally in self.tallies]
         self.asked_too_long = 0
@@ -103,7 +111,7 @@ class Build:
             rows: Iterable[Item] = (item for item, _ in self._items(train))
         else:
             rows = self._split_off(split, train)
-        trained = self._with_shots(rows) if self.data.few_shot else rows
+        trained = self._with_shots(rows) if self._most_shown else rows
         if self.data.augment.copies:
             trained = self._with_copies(trained)
         yield from self._chunked(trained, held_out=False)
@@ -134,6 +142,10 @@ class Build:
         for tally in self.tallies:
             if not tally.kept and set(tally.dropped) - HARMLESS:
                 raise DataError(f"{tally.source.path}: none of its {tally.read:,} rows can be used:{_reasons([tally])}")
+        for number, shots in self._shots.items():
+            if shots and len(shots) < self._asked_with:
+                path, wanted = self.tallies[number].source.path, self._asked_with
+                raise DataError(f"evaluate.baselines: {path} has {len(shots)} training rows to show, not {wanted}")
         train = self.tallies[: len(self.data.sources)]
         if not any(tally.kept[False] for tally in train):
             raise DataError(f"no row is left to train on:{_reasons(train) or ' all of them are held out'}")
@@ -218,7 +230,7 @@ class Build:
     def _with_shots(self, rows: Iterable[Item]) -> Iterator[Item]:
         """Passes rows on, once those of each source that are shown as examples have been chosen from its first ones.
 
-        One more than few_shot are chosen, by hash, so that files sorted by answer give a mixture.
+        One more than are shown are chosen, by hash, so that files sorted by answer give a mixture.
         """
         waiting: list[Item] = []
         for item in rows:
@@ -249,7 +261,7 @@ class Build:
     def _choose_shots(self, items: list[Item]) -> None:
         talks = [item for item in items if item.example.messages]
         ranked = sorted(talks, key=lambda item: key(f"{item.file}:{item.line}", self.seed))
-        self._shots.setdefault(items[0].source, ranked[: self.data.few_shot + 1])
+        self._shots.setdefault(items[0].source, ranked[: self._most_shown + 1])
 
     def _chunked(self, items: Iterable[Item], *, held_out: bool) -> Iterator[Chunk]:
         items = iter(items)

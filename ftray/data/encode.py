@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import chain, pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,12 +57,16 @@ class Chunk:
 
 
 class Question(NamedTuple):
-    """A held-out prompt, generation prompt included, the answer expected of it, and the row it came from."""
+    """A held-out prompt, generation prompt included, the answer expected of it, and the row it came from.
+
+    `shots`: a baseline's, with so many training examples before it; None: the run's own.
+    """
 
     prompt_ids: list[int]
     answer: str
     row: str
     task: str
+    shots: int | None = None
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Asked:
     place: Place
     ids: list[int]
     answer: str
+    shots: int | None = None
 
 
 @dataclass
@@ -91,7 +97,10 @@ class Encoded:
 
 @dataclass
 class Encoder:
-    """Renders and tokenises chunks. `objective` is sft or pretrain; `too_long` is truncate, drop, split or auto."""
+    """Renders and tokenises chunks. `objective` is sft or pretrain; `too_long` is truncate, drop, split or auto.
+
+    `baselines`: each question is asked with so many training examples before it too, whatever its length.
+    """
 
     tokenizer: Any
     objective: str = "sft"
@@ -99,6 +108,7 @@ class Encoder:
     max_length: int = 1024
     too_long: str = "auto"
     few_shot: int = 0
+    baselines: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.renderer = Renderer(self.tokenizer, self.train_on)
@@ -114,13 +124,13 @@ class Encoder:
         encoded = Encoded(chunk.held_out)
         owners: list[Item] = []
         rendered: list[list[Piece]] = []
-        prompts: list[tuple[Item, str, str]] = []
+        prompts: list[Prompted] = []
         for item in chunk.items:
             try:
-                example = self._with_shots(item, chunk)
+                example = self._with_shots(item, chunk, self.few_shot)
                 examples = self._pieces(example)
                 if chunk.held_out and self.objective == "sft" and (question := self._question(example)):
-                    prompts.append((item, *question))
+                    prompts.append(Prompted(item, *question, self._baselines(item, chunk)))
             except Unusable as unusable:
                 encoded.dropped.append((item.place, unusable))
                 continue
@@ -152,11 +162,15 @@ class Encoder:
         answer = example.messages[last].get("content") if last > 0 else None
         return (self.renderer.prompt(example), answer) if answer and example.messages[last].get("weight", 1) else None
 
-    def _with_shots(self, item: Item, chunk: Chunk) -> Example:
+    def _baselines(self, item: Item, chunk: Chunk) -> dict[int, str]:
+        shown = {count: self._with_shots(item, chunk, count) for count in self.baselines if count != self.few_shot}
+        return {count: self.renderer.prompt(example) for count, example in shown.items()}
+
+    def _with_shots(self, item: Item, chunk: Chunk, count: int) -> Example:
         example = item.example
-        if not self.few_shot or not example.messages:
+        if not count or not example.messages:
             return example
-        shots = [shot for shot in chunk.shots.get(item.source, ()) if shot.place != item.place][: self.few_shot]
+        shots = [shot for shot in chunk.shots.get(item.source, ()) if shot.place != item.place][:count]
         shown = [{**m, "weight": 0} for shot in shots for m in shot.example.messages if m["role"] != "system"]
         head = 1 if example.messages[0]["role"] == "system" else 0
         return Example(example.messages[:head] + shown + example.messages[head:], tools=example.tools)
@@ -215,14 +229,28 @@ class Encoder:
             return Unusable("longer than max_length", f"{length} tokens, max_length {self.max_length}", bad=False)
         return Unusable("no trained tokens", f"the prompt alone fills max_length, {self.max_length} tokens", bad=False)
 
-    def _add_questions(self, encoded: Encoded, prompts: Sequence[tuple[Item, str, str]]) -> None:
+    def _add_questions(self, encoded: Encoded, prompts: Sequence[Prompted]) -> None:
         kept = set(encoded.places)
-        prompts = [prompt for prompt in prompts if prompt[0].place in kept]
-        for (item, _, answer), ids in zip(prompts, self.tokenise.texts([text for _, text, _ in prompts]), strict=True):
+        prompts = [prompt for prompt in prompts if prompt.item.place in kept]
+        asked = []
+        for prompt, ids in zip(prompts, self.tokenise.texts([prompt.text for prompt in prompts]), strict=True):
             if len(ids) < self.max_length:
-                encoded.asked.append(Asked(item.place, ids, answer))
+                encoded.asked.append(Asked(prompt.item.place, ids, prompt.answer))
+                asked += [(prompt, count, text) for count, text in prompt.baselines.items()]
             else:
                 encoded.asked_too_long += 1
+        longer = self.tokenise.texts([text for _, _, text in asked]) if asked else []
+        for (prompt, count, _), ids in zip(asked, longer, strict=True):
+            encoded.asked.append(Asked(prompt.item.place, ids, prompt.answer, count))
+
+
+class Prompted(NamedTuple):
+    """A question as text; `baselines`: the same with other numbers of examples before it."""
+
+    item: Item
+    text: str
+    answer: str
+    baselines: Mapping[int, str] = MappingProxyType({})
 
 
 @lru_cache(maxsize=2)

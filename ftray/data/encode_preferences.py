@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftray.data.encode import Chunk, Encoded, Encoder, Item
+from ftray.data.encode import Chunk, Encoded, Encoder, Item, Prompted
 from ftray.data.format import Example, Unusable
 from ftray.data.render import Piece
 from ftray.data.report import marked_text
@@ -39,12 +39,12 @@ class AnswerEncoder(Encoder):
     def __call__(self, chunk: Chunk) -> Encoded:
         encoded = Encoded(chunk.held_out)
         usable: list[tuple[Item, list[list[Piece]]]] = []
-        asked: list[tuple[Item, str, str]] = []
+        asked: list[Prompted] = []
         for item in chunk.items:
             try:
                 usable.append((item, [self._rendered(each) for each in answers_of(item.example)]))
                 if chunk.held_out and item.example.good is not False and (found := self._question(item.example)):
-                    asked.append((item, *found))
+                    asked.append(Prompted(item, *found))
             except Unusable as unusable:
                 encoded.dropped.append((item.place, unusable))
         sides = self._sides([side for _, rendered in usable for side in rendered])

@@ -11,9 +11,9 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +42,10 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared data set: `key` in the storage, `folder` on this machine."""
+    """A prepared data set: `key` in the storage, `folder` on this machine.
+
+    `baselines`: the questions once more for each number of examples shown before them, in the same order.
+    """
 
     key: str
     folder: Path
@@ -50,6 +53,7 @@ class Prepared:
     eval: TokenStore
     questions: list[Question]
     report: DataReport
+    baselines: dict[int, list[Question]] = field(default_factory=dict)
 
 
 def prepare(
@@ -60,21 +64,25 @@ def prepare(
     fingerprint: str,
     seed: int,
     storage: Storage,
+    baselines: Sequence[int] = (),
     workdir: Path | None = None,
     map_chunks: MapChunks | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Prepared:
     """The data set of a run, from the cache where the same was prepared before.
 
-    `fingerprint` is the tokenizer's; `map_chunks(fn, chunks)` gives the results in order; `on_progress(rows)` is told
-    how many rows were read so far. Raises DataError.
+    `fingerprint` is the tokenizer's; `baselines`: numbers of examples with which each question is asked too;
+    `map_chunks(fn, chunks)` gives the results in order; `on_progress(rows)` is told how many rows were read so far.
+    Raises DataError.
     """
-    digest = content_digest(data, objective=objective, fingerprint=fingerprint, seed=seed)
+    digest = content_digest(data, objective=objective, fingerprint=fingerprint, seed=seed, baselines=baselines)
     key = f"data/{digest}"
     if not storage.exists(f"{key}/{COMPLETE}"):
         encoder = encoder_for(data, objective, tokenizer)
+        if baselines:
+            encoder.baselines = tuple(baselines)
         with _scratch(workdir) as folder:
-            build = Build(data, encoder, seed=seed, on_progress=on_progress)
+            build = Build(data, encoder, seed=seed, baselines=baselines, on_progress=on_progress)
             _write(build, map_chunks or map, folder, digest)
             # another run may have prepared the same meanwhile, and its files are in use
             if not storage.exists(f"{key}/{COMPLETE}"):
@@ -89,17 +97,22 @@ def open_prepared(storage: Storage, key: str, cache: Path | None = None) -> Prep
         raise DataError(f"{key}: no prepared data set here; start the run again and it is prepared")
     folder = _local_copy(storage, key, cache)
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").split("\n")
+    questions = [Question(**json.loads(line)) for line in lines if line]
+    shown = {question.shots for question in questions if question.shots is not None}
     return Prepared(
         key=key,
         folder=folder,
         train=TokenStore.open(folder / "train"),
         eval=TokenStore.open(folder / "eval"),
-        questions=[Question(**json.loads(line)) for line in lines if line],
+        questions=[question for question in questions if question.shots is None],
+        baselines={count: [one for one in questions if one.shots == count] for count in sorted(shown)},
         report=DataReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8"))),
     )
 
 
-def content_digest(data: Data, *, objective: ObjectiveSection, fingerprint: str, seed: int) -> str:
+def content_digest(
+    data: Data, *, objective: ObjectiveSection, fingerprint: str, seed: int, baselines: Sequence[int] = ()
+) -> str:
     """What a prepared data set depends on: the bytes of its sources and everything that decides about tokens.
 
     Weights and packing are left out: they order rows, they do not change them.
@@ -113,6 +126,7 @@ def content_digest(data: Data, *, objective: ObjectiveSection, fingerprint: str,
         "objective": objective.model_dump(mode="json", include=set(objective.decides)),
         "tokenizer": fingerprint,
         "seed": seed,
+        **({"baselines": sorted(baselines)} if baselines else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -149,11 +163,14 @@ def _write(build: Build, map_chunks: MapChunks, folder: Path, digest: str) -> No
     build.check()
     encoder.check(TokenStore.open(folder / "train"))
     questions = [
-        Question(a.ids, a.answer, f"{a.place.file}:{a.place.line}", build.labels[a.place.source]) for a in asked
+        Question(a.ids, a.answer, f"{a.place.file}:{a.place.line}", build.labels[a.place.source], a.shots)
+        for a in asked
     ]
     lines = [json.dumps(question._asdict(), ensure_ascii=False) + "\n" for question in questions]
     (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
-    report = _report(build, folder, digest, questions=len(questions), seconds=time.monotonic() - started)
+    report = _report(
+        build, folder, digest, questions=sum(a.shots is None for a in asked), seconds=time.monotonic() - started
+    )
     (folder / "report.json").write_text(json.dumps(report.to_json(), ensure_ascii=False), encoding="utf-8")
     (folder / COMPLETE).write_text(json.dumps({"digest": digest, "version": CODE_VERSION}), encoding="utf-8")
 

@@ -46,6 +46,9 @@ METRICS = {
     "forgetting": Metric("Forgetting", "low", "number", "general loss, tuned minus base"),
 }
 
+RIVAL_METRICS = ("exact_match", "json_match", "accuracy", "f1")
+"""What prompting without training is compared by."""
+
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
@@ -155,6 +158,8 @@ class Comparison:
     rows: list[Change]
     tasks: dict[str, list[Change]]
     gate: list[GateResult]
+    baselines: dict[int, Scores] = field(default_factory=dict)
+    """What the base's answers score, untrained, with so many examples before each question."""
 
     @property
     def passed(self) -> bool:
@@ -165,12 +170,20 @@ class Comparison:
         """Rise of the loss on general text, nats per token."""
         return _forgetting(self.before, self.after)
 
+    def rivals(self) -> list[tuple[str, list[float | None], float | None]]:
+        """(metric, the base by number of examples, tuned) of what answers score; [] without baselines."""
+        by_count = [scores.values() for _, scores in sorted(self.baselines.items())]
+        tuned = self.after.values()
+        shown = [name for name in RIVAL_METRICS if any(name in values for values in by_count)]
+        return [(name, [values.get(name) for values in by_count], tuned.get(name)) for name in shown]
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `["gate"]` is what a version's card keeps: `{"passed": bool, "rules": [...]}`."""
         return {
             "before": self.before.to_json(),
             "after": self.after.to_json(),
             "forgetting": _finite(self.forgetting),
+            **({"baselines": {str(n): one.to_json() for n, one in self.baselines.items()}} if self.baselines else {}),
             "gate": {
                 "passed": self.passed,
                 "rules": [
@@ -183,17 +196,22 @@ class Comparison:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Comparison:
         rules = [result["rule"] for result in values["gate"]["rules"]]
-        return compare(Scores.from_json(values["before"]), Scores.from_json(values["after"]), rules)
+        baselines = {int(count): Scores.from_json(one) for count, one in values.get("baselines", {}).items()}
+        before, after = Scores.from_json(values["before"]), Scores.from_json(values["after"])
+        return compare(before, after, rules, baselines=baselines)
 
 
-def compare(before: Scores, after: Scores, gate: Sequence[str] = ()) -> Comparison:
+def compare(
+    before: Scores, after: Scores, gate: Sequence[str] = (), *, baselines: Mapping[int, Scores] | None = None
+) -> Comparison:
     """Every metric that either side measured, per task too, and what the gate's rules say of `after`."""
     rows = _changes(before, after)
     tasks = {
         name: _changes(before.tasks.get(name, Scores()), after.tasks.get(name, Scores()))
         for name in dict.fromkeys([*before.tasks, *after.tasks])
     }
-    return Comparison(before, after, rows, tasks, [_judge(rule, before, after) for rule in gate])
+    judged = [_judge(rule, before, after) for rule in gate]
+    return Comparison(before, after, rows, tasks, judged, dict(sorted((baselines or {}).items())))
 
 
 def check_gate(gate: Sequence[str]) -> None:
@@ -220,6 +238,11 @@ def written(metric: str, value: float | None, *, signed: bool = False) -> str:
         return f"{value:{sign}.2e}".replace("-", "−")
     digits = 3 if abs(value) < 100 else 1
     return f"{value:{sign},.{digits}f}".replace("-", "−")
+
+
+def with_examples(count: int) -> str:
+    """A baseline's name in a table."""
+    return "base, no example" if not count else f"base, {count} example{'s' if count > 1 else ''}"
 
 
 def _changes(before: Scores, after: Scores) -> list[Change]:

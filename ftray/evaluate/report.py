@@ -20,7 +20,7 @@ import yaml
 
 from ftray import __version__
 from ftray.evaluate.charts import Series, dumbbell, line_chart
-from ftray.evaluate.compare import METRICS, Change, Comparison, GateResult, written
+from ftray.evaluate.compare import METRICS, Change, Comparison, GateResult, with_examples, written
 from ftray.evaluate.data_section import data_section
 from ftray.evaluate.facts_section import duration, facts_section, number
 from ftray.evaluate.markup import Html, join, tag
@@ -160,6 +160,7 @@ def _scores(compared: Comparison) -> Html:
         tag("h2", "Scores"),
         tag("p", "Base and tuned model on the same held-out rows.", class_="note"),
         tag("div", _score_table(compared.rows), class_="card scroll"),
+        _rivals(compared) if compared.baselines else None,
         _task_table(compared.tasks) if compared.tasks else None,
         _gate(compared.gate) if compared.gate else None,
     )
@@ -191,6 +192,19 @@ def _score_table(rows: Sequence[Change]) -> Html:
         tag("th", "", class_="what"),
     )
     return tag("table", tag("thead", head), tag("tbody", *lines))
+
+
+def _rivals(compared: Comparison) -> Html:
+    """The base prompted without training beside the tuned model, on the same questions."""
+    lines = []
+    for metric, by_count, tuned in compared.rivals():
+        cells = (tag("td", written(metric, value), class_="n") for value in by_count)
+        shown = tag("td", tag("b", written(metric, tuned)), class_="n")
+        lines.append(tag("tr", tag("td", METRICS[metric].label), *cells, shown))
+    names = (*map(with_examples, compared.baselines), "tuned")
+    head = tag("tr", tag("th", ""), *(tag("th", name, class_="n") for name in names))
+    table = tag("table", tag("thead", head), tag("tbody", *lines))
+    return join(tag("h3", "Without training: the base, prompted"), tag("div", table, class_="card scroll"))
 
 
 def _task_table(tasks: Mapping[str, Sequence[Change]]) -> Html:

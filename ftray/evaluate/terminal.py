@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from ftray.evaluate.compare import METRICS, Change, Comparison, written
+from ftray.evaluate.compare import METRICS, Change, Comparison, with_examples, written
 
 HEAD = ("", "base", "tuned", "change")
 
@@ -20,6 +20,7 @@ def print_comparison(comparison: Comparison, *, file: TextIO | None = None) -> N
         _print_rich(tables, comparison, file)
     else:
         _print_plain(tables, comparison, file)
+    _print_rivals(comparison, file)
 
 
 def _print_rich(tables: Sequence[tuple[str, Sequence[Change]]], comparison: Comparison, file: TextIO) -> None:
@@ -53,6 +54,21 @@ def _print_plain(tables: Sequence[tuple[str, Sequence[Change]]], comparison: Com
             print("  ".join((label.ljust(widths[0]), *aligned)).rstrip(), file=file)
     for line, passed in _gate_lines(comparison):
         print(f"{'passed' if passed else 'FAILED'}: {line}", file=file)
+
+
+def _print_rivals(comparison: Comparison, file: TextIO) -> None:
+    """The base prompted without training beside the tuned model: what training was worth."""
+    rivals = comparison.rivals()
+    if not rivals:
+        return
+    lines = [("Without training", *map(with_examples, comparison.baselines), "tuned")]
+    for metric, by_count, tuned in rivals:
+        lines.append((METRICS[metric].label, *(written(metric, value) for value in (*by_count, tuned))))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    print(file=file)
+    for label, *numbers in lines:
+        aligned = (text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))
+        print("  ".join((label.ljust(widths[0]), *aligned)).rstrip(), file=file)
 
 
 def _cells(row: Change) -> tuple[str, str, str, str]:

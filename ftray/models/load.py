@@ -90,7 +90,8 @@ def resolve_base(model: Model) -> str:
     """The folder of a built-in or local base, or the Hub id as written. ModelError when it can be neither."""
     if model.place:
         return model.place
-    assert not model.version, f"{model.base} was not fetched: chain.here does it"
+    if model.version:  # `chain.here` gives the base of a run or server its place
+        raise ModelError(f"{model.base}: only model.base may be a version; merge it with `ftray adapters merge`")
     if model.base.startswith("builtin:"):
         return str(builtin_folder(model.base))
     path = Path(model.base).expanduser()

@@ -231,7 +231,7 @@ def corners(sweep: Sweep) -> list[Values]:
 def _trimmed(run: Run, metric: str) -> Run:
     """What a trial measures is what the sweep compares; the best is judged in full at the end."""
     answers = metric not in (*LOSSES, "general_loss")
-    changes: dict[str, Any] = {"generate_rows": run.evaluate.generate_rows if answers else 0}
+    changes: dict[str, Any] = {"generate_rows": run.evaluate.generate_rows if answers else 0, "baselines": []}
     if metric != "general_loss":
         changes["forgetting"] = False
     return run.model_copy(update={"evaluate": run.evaluate.model_copy(update=changes)})

@@ -13,7 +13,7 @@ from typing import Any
 from ftray.config.schema import Model, Run, Source
 from ftray.data import sources
 from ftray.data.prepare import Prepared, prepare
-from ftray.errors import ModelError
+from ftray.errors import ConfigError, ModelError
 from ftray.models.load import Shape
 from ftray.store.paths import Storage
 from ftray.train import cluster
@@ -56,10 +56,12 @@ class Known:
             fingerprint=tokenizer_fingerprint(tokenizer),
             seed=run.seed,
             storage=storage,
+            baselines=run.evaluate.baselines,
             map_chunks=cluster.spread_over_cpus if large else None,
         )
         if run.evaluate.labels:
             check_labels(run.evaluate.labels, [q.answer for q in data.questions], [q.row for q in data.questions])
+        _check_baselines(run, data, config)
         every = [load.meta_model(one) for one in (config, other) if one is not None]
         return cls(
             base=load.fingerprint(run.model),
@@ -69,6 +71,21 @@ class Known:
             beside=Shape.from_config(other).parameters if other is not None else 0,
             lineage=tuple(chain.lineage(run.model, storage)),
         )
+
+
+def _check_baselines(run: Run, data: Prepared, config: Any) -> None:
+    """ConfigError where the base cannot read a question with its examples."""
+    from ftray.objectives import OBJECTIVES
+
+    if run.evaluate.baselines and not OBJECTIVES[run.objective.kind].writes:
+        told = f"{run.objective.kind} writes no answers to compare; leave it out"
+        raise ConfigError(run.name, [("evaluate.baselines", told)])
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for count, questions in data.baselines.items():
+        longest = max(len(question.prompt_ids) for question in questions)
+        if longest + run.evaluate.max_new_tokens > positions:
+            told = f"{count} examples make prompts of {longest} tokens, and the base reads {positions}; show fewer"
+            raise ConfigError(run.name, [("evaluate.baselines", told)])
 
 
 def _checked_beside(model: Model, tokenizer: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ftray.data.tokens import TokenStore
 from ftray.evaluate.compare import Scores, score
 from ftray.evaluate.general import general_text
 from ftray.evaluate.generate import answer_questions
+from ftray.evaluate.suites import answer_scores
 from ftray.objectives import language
 from ftray.objectives.objective import Objective, joined
 from ftray.train.layout import Layout
@@ -40,6 +41,8 @@ class Answer:
 class Measured:
     scores: Scores
     answers: list[Answer]
+    baselines: dict[int, Scores] = field(default_factory=dict)
+    """Of the base alone: what its answers score with so many training examples before each question."""
 
 
 class Meter:
@@ -53,6 +56,7 @@ class Meter:
         objective: Objective,
         held_out: TokenStore,
         questions: Sequence[Question],
+        baselines: Mapping[int, Sequence[Question]],
         evaluate: Evaluate,
         layout: Layout,
         max_length: int,
@@ -61,6 +65,7 @@ class Meter:
     ):
         self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.held_out, self.questions = held_out, spread(questions, evaluate.generate_rows)
+        self.baselines = {count: spread(asked, evaluate.generate_rows) for count, asked in baselines.items()}
         self.evaluate, self.layout, self.max_length = evaluate, layout, max_length
         self.computing, self.beat = computing, beat
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -72,7 +77,7 @@ class Meter:
     def full(self) -> Measured:
         """The objective's scores, and of one that writes: answers by generation, and the forgetting probe."""
         by_task = self._by_task()
-        answers = self._answers() if self.objective.writes else []
+        answers = self._answers(self.questions) if self.objective.writes else []
         general = self._general() if self.objective.writes and self.evaluate.forgetting else {}
         scores = score(
             self.objective.scores(joined(list(by_task.values()))),
@@ -84,6 +89,16 @@ class Meter:
             general_loss=general.get("loss"),
         )
         return Measured(scores, answers)
+
+    def base(self) -> Measured:
+        """`full`, and the rivals of training that `evaluate.baselines` names. For the model before it is trained."""
+        measured = self.full()
+        found = {}
+        for count in self.evaluate.baselines:
+            answers = self._answers(self.baselines[count]) if count in self.baselines else measured.answers
+            given, expected = [a.given for a in answers], [a.expected for a in answers]
+            found[count] = Scores.of(answer_scores(given, expected, self.evaluate.labels))
+        return replace(measured, baselines=found)
 
     def _by_task(self) -> dict[str, np.ndarray]:
         """Observations of every held-out row, by the task it belongs to."""
@@ -147,8 +162,7 @@ class Meter:
                 self.beat()
         return joined([part for parts in gathered(joined(mine)) for part in parts if len(part)])
 
-    def _answers(self) -> list[Answer]:
-        questions = self.questions
+    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
         if not questions:
             return []
         mine = questions[self.rank :: self.world]

@@ -76,7 +76,12 @@ def _scores(storage: Storage, folder: RunFolder) -> tuple[dict[str, Any], dict[s
 
 def _comparison(run: Run, storage: Storage, folder: RunFolder) -> Comparison:
     before, after = _scores(storage, folder)
-    return compare(Scores.from_json(before["scores"]), Scores.from_json(after["scores"]), list(run.evaluate.gate))
+    return compare(
+        Scores.from_json(before["scores"]),
+        Scores.from_json(after["scores"]),
+        list(run.evaluate.gate),
+        baselines={int(count): Scores.from_json(values) for count, values in before.get("baselines", {}).items()},
+    )
 
 
 def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:

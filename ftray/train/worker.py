@@ -121,7 +121,7 @@ class Worker:
             if self._kept("before.json") is None:
                 self.log({"kind": "phase", "text": "scoring the base"})
                 with virtual.left_away(self.model):
-                    self._keep("before.json", self.meter.full())
+                    self._keep("before.json", self.meter.base())
             if version_key and self._kept("after.json") is None:
                 self.log({"kind": "phase", "text": "scoring the tuned version"})
                 self._read_back(version_key)
@@ -210,6 +210,7 @@ class Worker:
             objective=self.objective,
             held_out=self.data.eval,
             questions=self.data.questions,
+            baselines=self.data.baselines,
             evaluate=run.evaluate,
             layout=layout,
             max_length=run.data.max_length,
@@ -274,7 +275,7 @@ class Worker:
                 )
             self.log({"kind": "phase", "text": "scoring the base"})
             with virtual.left_away(self.model):
-                self._keep("before.json", self.meter.full())
+                self._keep("before.json", self.meter.base())
 
     def _step(self, step: int) -> bool:
         """One update; true when the run shall stop after it."""
@@ -428,6 +429,8 @@ class Worker:
         if self.rank == 0:
             answers = [asdict(answer) for answer in measured.answers]
             row = {"scores": measured.scores.to_json(), "answers": answers}
+            if measured.baselines:
+                row["baselines"] = {count: scores.to_json() for count, scores in measured.baselines.items()}
             self.storage.write_json(f"{self.folder.key}/{name}", row)
 
     def _refuse_nan(self, step: int, *, loss: float, norm: float, sums: list[float], micros) -> None:

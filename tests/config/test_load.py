@@ -301,3 +301,11 @@ def test_every_key_has_a_description():
 def test_a_method_says_what_it_does_not_go_with(tmp_path, method, override, key, said):
     found = problems(tmp_path, MINIMAL, f"method={{kind: {method}}}", override)
     assert said in found[key]
+
+
+def test_baselines_need_answers_to_compare(tmp_path):
+    found = problems(tmp_path, MINIMAL + "evaluate: {baselines: [0, 4], generate_rows: 0}\n")
+    assert "set evaluate.generate_rows" in found["evaluate.baselines"]
+    found = problems(tmp_path, MINIMAL + "objective: {kind: pretrain}\nevaluate: {baselines: [4]}\n")
+    assert "no questions to ask" in found["evaluate.baselines"]
+    assert load_run(written(tmp_path, MINIMAL + "evaluate: {baselines: [4, 0, 4]}\n")).evaluate.baselines == [0, 4]

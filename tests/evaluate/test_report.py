@@ -195,3 +195,11 @@ def test_the_json_holds_the_same_and_is_strict(tmp_path):
 def test_text_that_no_file_can_hold_is_replaced_and_nothing_half_written_stays(tmp_path):
     write_report(tmp_path, **parts(samples=[{"prompt": "\ud800", "expected": "é", "base": "\x00", "tuned": ""}]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_prompting_without_training_stands_beside_the_tuned_model(page):
+    assert "Without training" not in page().text
+    compared = compare(Scores(), Scores(exact_match=0.75), baselines={0: Scores(exact_match=0.25), 1: Scores(f1=0.5)})
+    text = page(comparison=compared.to_json()).text
+    assert "base, no example base, 1 example tuned" in text
+    assert "25.0 % – 75.0 %" in text

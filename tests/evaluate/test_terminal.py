@@ -54,3 +54,17 @@ def test_only_one_side_measured_is_shown_with_a_dash():
     log = io.StringIO()
     print_comparison(compare(Scores(), Scores(exact_match=0.5)), file=log)
     assert "–  50.0 %" in log.getvalue()
+
+
+def test_prompting_without_training_stands_beside_the_tuned_model():
+    log = io.StringIO()
+    baselines = {4: Scores(exact_match=0.5, f1=0.25), 0: Scores(exact_match=0.125, f1=0.0)}
+    after = Scores(loss=0.5, exact_match=0.75, f1=0.5)
+    comparison = compare(Scores(loss=2.0, exact_match=0.125), after, baselines=baselines)
+    print_comparison(comparison, file=log)
+    assert log.getvalue().splitlines()[-3:] == [
+        "Without training  base, no example  base, 4 examples   tuned",
+        "Exact match                 12.5 %            50.0 %  75.0 %",
+        "F1                           0.0 %            25.0 %  50.0 %",
+    ]
+    assert comparison.from_json(comparison.to_json()) == comparison
