@@ -12,19 +12,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ftray.config.sweeping import Pbt, Sweep
-from ftray.errors import ConfigError, TrainError
+from ftray.errors import ClusterError, ConfigError, TrainError
 from ftray.evaluate.compare import check_gate
 from ftray.models import chain
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.sweep import result
-from ftray.sweep.planning import Planner, check_metric
+from ftray.sweep.planning import Planner, check_metric, largest
 from ftray.sweep.records import DONE, FAILED, STOPPED, End, Record, SweepFolder, sign_of
 from ftray.sweep.search import open_search
 from ftray.sweep.table import Board
-from ftray.train import cluster
+from ftray.train import cluster, room
 from ftray.train.known import Known
 from ftray.train.launch import connecting
+from ftray.train.layout import Node
 
 MAY_CHANGE = {"parallel", "budget"}
 QUIET = {
@@ -72,8 +73,9 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
             ray_ready = connecting(asked.run.scale.address)
             known = Known.of(asked.run, storage, ray_ready=ray_ready)
             ray_ready()
+            nodes = _nodes(asked, silent=as_json)
             cluster.check_storage(storage)
-            planner = Planner(asked, storage, cluster.nodes())
+            planner = Planner(asked, storage, nodes)
             planner.remember(asked.run, known)
             planner.check()
             resumed = not fresh and folder.resolved() is not None
@@ -82,6 +84,18 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
                 drive = Drive(asked, folder, planner, lease, board)
                 drive.run()
             return _conclude(asked, folder, planner, began=began, resumed=resumed)
+
+
+def _nodes(asked: Sweep, *, silent: bool) -> list[Node]:
+    """With room for `parallel` trials where the cluster can grow so far, else for one."""
+    workers = largest(asked)
+    for trials in sorted({min(asked.parallel or 1, asked.count), 1}, reverse=True):
+        try:
+            return room.nodes_for(asked.run.scale.model_copy(update={"workers": workers * trials}), silent=silent)
+        except ClusterError:
+            if trials == 1:
+                raise
+    raise AssertionError("one trial was tried")
 
 
 class Drive:

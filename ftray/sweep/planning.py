@@ -65,9 +65,7 @@ class Planner:
 
     @property
     def workers(self) -> int:
-        """Of the largest trial."""
-        one = self.sweep.space.get("scale.workers")
-        return max([int(end) for end in ends(one)] if one else [self.sweep.run.scale.most])
+        return largest(self.sweep)
 
     @property
     def _takes_bitsandbytes(self) -> bool:
@@ -187,6 +185,12 @@ class Planner:
             takes_bitsandbytes=self._takes_bitsandbytes,
             replays=sweep.stopping.kind != "pbt",
         )
+
+
+def largest(sweep: Sweep) -> int:
+    """Workers of the largest trial."""
+    one = sweep.space.get("scale.workers")
+    return max([int(end) for end in ends(one)] if one else [sweep.run.scale.most])
 
 
 def check_metric(sweep: Sweep) -> None:

@@ -25,6 +25,11 @@ AHEAD = 8  # chunks of rows in flight per CPU
 
 def nodes() -> list[Node]:
     """The living nodes of the connected cluster."""
+    return _with_gpu_memory(alive())
+
+
+def alive() -> list[Node]:
+    """The same without the memory of their GPUs, for which they would be asked."""
     import ray
 
     found = []
@@ -42,7 +47,7 @@ def nodes() -> list[Node]:
                 ram_bytes=int(have.get("memory", 0)),
             )
         )
-    return _with_gpu_memory(found)
+    return found
 
 
 def this_machine() -> list[Node]:

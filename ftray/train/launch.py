@@ -26,7 +26,7 @@ from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
-from ftray.train import cluster, plan, resolve, scaling
+from ftray.train import cluster, plan, resolve, room, scaling
 from ftray.train.group import fit
 from ftray.train.known import Known
 from ftray.train.layout import Layout, Node
@@ -93,7 +93,7 @@ def check(run: Run) -> CheckResult:
         known = Known.of(run, storage)
         if run.scale.address or os.environ.get("RAY_ADDRESS"):
             connect(run.scale.address)
-            nodes = cluster.nodes()
+            nodes = room.nodes_here(run.scale)
             cluster.check_storage(storage)
         else:
             nodes = cluster.this_machine()
@@ -116,7 +116,7 @@ def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
         ray_ready = connecting(run.scale.address)
         known = Known.of(run, storage, ray_ready=ray_ready)
         ray_ready()
-        checked = work_out(run, known, cluster.nodes())
+        checked = work_out(run, known, room.nodes_for(run.scale, silent=False))
         cluster.check_storage(storage)
         folder = RunFolder(storage, f"{run.name}.evaluation")  # no run's name has a dot
         with folder.lease() as lease:
@@ -141,7 +141,7 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
         ray_ready = connecting(run.scale.address)
         known = Known.of(run, storage, ray_ready=ray_ready)
         ray_ready()
-        checked = work_out(run, known, cluster.nodes())
+        checked = work_out(run, known, room.nodes_for(run.scale, silent=silent))
         cluster.check_storage(storage)
         say("\n".join(checked.lines()))
         if not checked.ok:

@@ -1,4 +1,4 @@
-"""A cluster of `ray start` processes, whose head can die and come back: its tables are kept in a folder."""
+"""A cluster of `ray start` processes, whose head can die and come back, and which may grow with what is asked of it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from tests.cluster.conftest import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S = 90
+HEAD_ID = "f" * 51 + "00000"  # the test provider counts its nodes from here
+IDLE_S = 30  # longer than a busy machine takes from the nodes' coming to a run's start on them
 
 
 class OwnCluster:
-    """A head without CPUs, and workers as nodes of their own, with a token. `close` ends them all."""
+    """A head without CPUs, and workers as nodes of their own, with a token. `close` ends them all.
 
-    def __init__(self, folder: Path, *, workers: int, cpus: int):
+    With `most`, Ray's autoscaler starts up to so many more workers and ends idle ones. The tables of the head are kept
+    in a folder.
+    """
+
+    def __init__(self, folder: Path, *, workers: int, cpus: int, most: int = 0):
         self.folder, self.port, self.dashboard_port = folder, free_port(), free_port()
         self.address, self.dashboard = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
         token, self.secret = folder / "token", secrets.token_hex(32)
@@ -37,6 +43,7 @@ class OwnCluster:
             "RAY_worker_niceness": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
+        self.growing = self._autoscaler(cpus, most) if most else []
         self.head: subprocess.Popen | None = None
         self.workers: list[subprocess.Popen] = []
         try:
@@ -51,7 +58,7 @@ class OwnCluster:
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}"]
         temp = Path(f"/tmp/ftray-{self.port}")
         (temp / "ray_current_cluster").unlink(missing_ok=True)  # a new machine would not have it either
-        self.head = self._start("head", "--head", "--num-cpus=0", *ports, f"--temp-dir={temp}")
+        self.head = self._start("head", "--head", "--num-cpus=0", *ports, f"--temp-dir={temp}", *self.growing)
         end = time.monotonic() + START_S
         while True:
             with suppress(OSError):
@@ -60,6 +67,42 @@ class OwnCluster:
             assert self.head.poll() is None, (self.folder / "head.log").read_text()[-2000:]
             assert time.monotonic() < end, "the head does not come up"
             time.sleep(0.5)
+
+    def _autoscaler(self, cpus: int, most: int) -> list[str]:
+        """What makes the head an autoscaling one, by the provider that Ray tests with: nodes are processes here."""
+        provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+        config = {
+            "cluster_name": "growing",
+            "max_workers": most,
+            "idle_timeout_minutes": IDLE_S / 60,
+            "upscaling_speed": 1.0,
+            "provider": {
+                "type": "external",
+                "module": provider,
+                "gcs_address": self.address,
+                "head_node_id": HEAD_ID,
+                "launch_multiple": True,
+            },
+            "head_node_type": "ray.head.default",
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                "cpu": {"resources": {"CPU": cpus}, "node_config": {}, "min_workers": 0, "max_workers": most},
+            },
+        }
+        config |= {key: {} for key in ("auth", "docker", "file_mounts")} | {"file_mounts_sync_continuously": False}
+        config |= {key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")}
+        commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+        config |= {f"{key}_commands": [] for key in commands}  # nodes are processes: there is nothing to set up
+        path = self.folder / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        self.environment |= {
+            "RAY_enable_autoscaler_v2": "1",  # as KubeRay and `ray up` have it
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        return [f"--autoscaling-config={path}"]
 
     def _join(self, cpus: int) -> None:
         """One more worker, waited for: of two that start together on one machine, one may end at once."""
