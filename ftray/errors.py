@@ -1,4 +1,4 @@
-"""Errors a user can fix. Each says what is wrong, where, and the way out; the command line exits with 2 on them."""
+"""Errors a user can fix. Each says what is wrong, where, and the way out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 
 class FtrayError(Exception):
-    """Base of everything a user can fix."""
+    """Base of everything a user can fix. The command line ends with `exit_code`."""
+
+    exit_code = 2
 
 
 class ConfigError(FtrayError):
@@ -59,8 +61,16 @@ class TrainError(FtrayError):
     """The run stopped on something the user can fix: a NaN, a batch that does not fit in memory, an unfinished run."""
 
 
+class Lost(TrainError):
+    """Workers or machines were lost more often than `scale.retries`; the same command resumes, best on others."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: nothing to mend, try again
+
+
 class Stopped(FtrayError):
     """The run was asked to stop and has left a checkpoint; the same command resumes it."""
+
+    exit_code = 143
 
 
 class ServeError(FtrayError):

@@ -14,7 +14,10 @@ DEBUG = "FTRAY_DEBUG"  # set to 1: a fixable error shows its traceback too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 2 what the user can fix, 130 interrupted, 143 stopped."""
+    """Runs one command and returns its exit code.
+
+    0 done, 2 what the user can fix, 75 what was lost and may go through when tried again, 130 interrupted, 143 stopped.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a '–' must not end a run on a terminal that cannot show it
@@ -23,14 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.command(arguments)
         sys.stdout.flush()  # so that a closed pipe is seen here and not at exit
         return int(code)
-    except Stopped as stopped:
-        print(f"ftray: {stopped}", file=sys.stderr)
-        return 143
     except FtrayError as error:
-        if os.environ.get(DEBUG) == "1":
+        if os.environ.get(DEBUG) == "1" and not isinstance(error, Stopped):
             raise
         print(f"ftray: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         way_on = "; run the same command again to resume" if arguments.resumes else ""
         print(f"\nftray: interrupted{way_on}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ftray import errors
 from ftray.config.schema import Run
-from ftray.errors import Stopped, TrainError
+from ftray.errors import Lost, Stopped, TrainError
 from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
 from ftray.train.known import Known
@@ -47,7 +47,7 @@ def fit(
 ) -> None:
     """Place the workers and follow them to the end. Ray restarts the group after a lost worker or node.
 
-    Raises what a worker left as its verdict, and TrainError when the retries are used up.
+    Raises what a worker left as its verdict, Lost when the retries are used up, TrainError when memory was too little.
     """
     import ray
     from ray.train import FailureConfig, RunConfig
@@ -102,7 +102,7 @@ def fit(
                 trainer.fit()
         except TrainingFailedError as error:
             _raise_verdict(folder)
-            raise TrainError(_last_words(run, error)) from error
+            raise _last_words(run, error) from error
     _raise_verdict(folder)
     storage.remove(f"{folder.key}/ray")
     if follower.stopped_at is not None:
@@ -145,12 +145,15 @@ def _raise_verdict(folder: RunFolder) -> None:
         raise getattr(errors, verdict["kind"])(verdict["message"])
 
 
-def _last_words(run: Run, error: BaseException) -> str:
+def _last_words(run: Run, error: BaseException) -> TrainError:
+    """What ended the last try. Too little memory will be too little again; anything else may go better elsewhere."""
     reason = _reason(error)
+    kind: type[TrainError] = Lost
     if "out of memory" in reason.lower() or "OutOfMemory" in reason:
         reason = f"a node or a GPU ran out of memory; lower optim.micro_batch_size or data.max_length ({reason})"
+        kind = TrainError
     times = f"{run.scale.retries + 1} times" if run.scale.retries else "once"
-    return (
+    return kind(
         f"run {run.name} failed {times}, last with: {reason}\n"
         "Its checkpoints are kept: the same command resumes it. Workers' logs are in Ray's session folder, logs/train."
     )
