@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from ftray.config import document, explain, stages
+from ftray.config.rewards import FUNCTION, file_of
 from ftray.config.schema import Run
 from ftray.config.section import Section
 from ftray.config.serving import Serving
@@ -261,6 +262,10 @@ def _find_files(data: dict[str, Any], folder: Path) -> None:
     section = data.get("evaluate")
     if isinstance(section, dict) and isinstance(section.get("forgetting"), str):
         section["forgetting"] = _beside(section["forgetting"], folder)
+    section = data.get("objective")
+    for reward in _as_list(section.get("rewards")) if isinstance(section, dict) else []:
+        if isinstance(reward, dict) and (match := FUNCTION.fullmatch(str(reward.get("function")))):
+            reward["function"] = f"{_beside(file_of(match), folder)}:{match['name']}"
 
 
 def _beside(path: str, folder: Path) -> str:

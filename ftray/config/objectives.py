@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ftray.config.rewards import Reward
 from ftray.config.section import Section
 
 
@@ -13,12 +14,13 @@ class ObjectiveSection(Section):
     """`decides`: the keys on which prepared data depends; the others change the loss, not the tokens.
 
     `sequences`: texts of at most data.max_length tokens that an example holds. `pace`: of the rate that suits the
-    method, the share that `optim.lr: auto` takes.
+    method, the share that `optim.lr: auto` takes. `gate`: what a version must pass where the run says auto.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({"kind"})
     sequences: ClassVar[int] = 1
     pace: ClassVar[float] = 1.0
+    gate: ClassVar[tuple[str, ...]] = ("loss < base",)
     kind: str
 
 
@@ -88,4 +90,67 @@ class Kto(ObjectiveSection):
 PREFERENCES = (Dpo, Orpo, Kto)
 """Objectives that compare answers."""
 
-Objective = Annotated[Sft | Pretrain | Distill | Dpo | Orpo | Kto, Field(discriminator="kind")]
+
+class Reinforcement(ObjectiveSection):
+    """What they share. A step is a window of `optim.batch_size` prompts: sampled, scored, and learnt from in
+    epochs x minibatches updates. Prepared data depends on the room that is left for an answer."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({"max_new_tokens"})
+    gate: ClassVar[tuple[str, ...]] = ("reward > base",)
+    pace: ClassVar[float] = 0.1
+    samples: int
+    rewards: list[Reward] = Field(min_length=1, description="what an answer is worth: the sum, each by its weight")
+    max_new_tokens: int = Field(128, ge=1, description="of an answer; with its prompt at most data.max_length")
+    temperature: float = Field(1.0, gt=0, description="of sampling, and of the probabilities that are learnt")
+    top_p: float = Field(1.0, gt=0, le=1, description="answers are sampled from the likeliest tokens of this share")
+    epochs: int = Field(1, ge=1, description="passes over the answers of a step before new ones are sampled")
+    minibatches: int = Field(1, ge=1, description="updates of a pass")
+    beta: float = Field(0.04, ge=0, description="weight of the KL divergence to the base; 0: no base is asked")
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates of a step."""
+        return self.epochs * self.minibatches
+
+
+class Grpo(Reinforcement):
+    """Advantages by comparison inside a group of answers to one prompt (arXiv 2402.03300)."""
+
+    kind: Literal["grpo"] = "grpo"
+    samples: int = Field(8, ge=2, description="answers to each prompt: the group")
+    scale_rewards: bool = Field(True, description="by the group's deviation; false: Dr. GRPO (arXiv 2503.20783)")
+    loss: Literal["token", "sequence"] = Field(
+        "token", description="mean over all tokens (DAPO, arXiv 2503.14476), or over answers' own means"
+    )
+    clip: float = Field(0.2, gt=0, lt=1, description="how far below 1 a token's probability ratio counts")
+    clip_high: float | None = Field(None, gt=0, description="how far above 1; as clip unless said (DAPO: 0.28)")
+
+
+class Rloo(Reinforcement):
+    """REINFORCE with the other answers' mean as baseline, the KL divergence in the reward (arXiv 2402.14740)."""
+
+    kind: Literal["rloo"] = "rloo"
+    samples: int = Field(4, ge=2, description="answers to each prompt")
+    clip: float = Field(0.2, gt=0, lt=1, description="how far from 1 an answer's probability ratio counts")
+
+
+class Ppo(Reinforcement):
+    """Clipped policy updates with a learnt value of each token (arXiv 1707.06347, 1909.08593)."""
+
+    kind: Literal["ppo"] = "ppo"
+    samples: int = Field(1, ge=1, description="answers to each prompt")
+    epochs: int = Field(4, ge=1, description="passes over the answers of a step before new ones are sampled")
+    beta: float = Field(0.05, ge=0, description="KL penalty of each token, taken from its reward; 0: no base is asked")
+    kl_target: float | None = Field(None, gt=0, description="nats per answer; beta then adapts towards it")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount of later rewards, per token")
+    lam: float = Field(0.95, ge=0, le=1, description="of generalised advantage estimation (arXiv 1506.02438)")
+    clip: float = Field(0.2, gt=0, lt=1, description="how far from 1 a token's probability ratio counts")
+    value_clip: float = Field(0.2, gt=0, description="how far a value may move from its old one")
+    value_weight: float = Field(0.1, gt=0, description="of the value loss beside the policy's")
+    whiten: bool = Field(True, description="advantages get mean 0 and deviation 1 over the step's tokens")
+
+
+REINFORCEMENT = (Grpo, Rloo, Ppo)
+"""Objectives that learn from rewards of sampled answers."""
+
+Objective = Annotated[Sft | Pretrain | Distill | Dpo | Orpo | Kto | Grpo | Rloo | Ppo, Field(discriminator="kind")]

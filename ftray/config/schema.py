@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, shards
-from ftray.config.objectives import PREFERENCES, Dpo, Objective, Pretrain, Sft
+from ftray.config.objectives import PREFERENCES, REINFORCEMENT, Dpo, Objective, Pretrain, Sft
+from ftray.config.rewards import Python
 from ftray.config.section import Section
 
 __all__ = [
@@ -86,7 +87,7 @@ class Model(Section):
 
 
 Format: TypeAlias = Literal[
-    "auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "pairs", "judged"
+    "auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "pairs", "judged", "prompt"
 ]
 
 
@@ -255,9 +256,8 @@ class Evaluate(Section):
         True, description="loss on general text, before and after; or a text file of your own"
     )
     samples: int = Field(5, ge=0, description="answers shown side by side in the report")
-    gate: list[str] = Field(
-        default_factory=lambda: ["loss < base"],
-        description="what a version must pass to be promoted, e.g. exact_match >= 0.5",
+    gate: list[str] | Auto = Field(
+        "auto", description="what a version must pass to be promoted, e.g. [loss < base]; auto: by objective"
     )
 
     @field_validator("baselines")
@@ -267,8 +267,8 @@ class Evaluate(Section):
 
     @field_validator("gate")
     @classmethod
-    def _gate_reads(cls, value: list[str]) -> list[str]:
-        for rule in value:
+    def _gate_reads(cls, value: list[str] | Auto) -> list[str] | Auto:
+        for rule in [] if value == "auto" else value:
             if not GATE_PATTERN.fullmatch(rule):
                 raise ValueError(
                     f"cannot read {rule!r}; write '<metric> <|<=|>|>= <number or base>', e.g. 'loss < base'"
@@ -304,6 +304,11 @@ class Run(Section):
     def longest(self) -> int:
         """Tokens that an example can have."""
         return self.data.max_length * self.objective.sequences
+
+    @property
+    def gate(self) -> list[str]:
+        """The rules that a version must pass."""
+        return list(self.objective.gate) if self.evaluate.gate == "auto" else self.evaluate.gate
 
     @property
     def takes_bitsandbytes(self) -> bool:
@@ -388,3 +393,26 @@ def _disagreements(run: Run):
         yield "evaluate.baselines: plain text has no questions to ask; leave it out"
     elif run.evaluate.baselines and not run.evaluate.generate_rows:
         yield "evaluate.baselines: compares generated answers; set evaluate.generate_rows, or leave it out"
+    if isinstance(run.objective, REINFORCEMENT):
+        yield from _rollout_problems(run)
+
+
+def _rollout_problems(run: Run):
+    objective, method = run.objective, run.method
+    assert isinstance(objective, REINFORCEMENT)
+    if objective.max_new_tokens >= run.data.max_length:
+        room = f"{objective.max_new_tokens} leave no room for a prompt in data.max_length: {run.data.max_length}"
+        yield f"objective.max_new_tokens: {room}; use {run.data.max_length // 2}, or raise max_length"
+    answers = run.optim.batch_size * objective.samples
+    if objective.minibatches > answers:
+        yield f"objective.minibatches: a step has {answers} answers, fewer than {objective.minibatches}; use {answers}"
+    for index, reward in enumerate(objective.rewards):
+        if isinstance(reward, Python) and not reward.trusted:
+            yield (
+                f"objective.rewards.{index}.trusted: {reward.function} is code that workers run with your rights; "
+                "read it, then set trusted: true"
+            )
+    if run.evaluate.baselines:
+        yield f"evaluate.baselines: {objective.kind} is judged by rewards; leave it out"
+    if isinstance(method, Lora) and method.init == "pissa":
+        yield f"method.init: pissa changes the base, which {objective.kind} compares with; use default"

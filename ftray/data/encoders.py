@@ -9,6 +9,7 @@ from ftray.config.objectives import ObjectiveSection
 from ftray.config.schema import Data
 from ftray.data.encode import Encoder
 from ftray.data.encode_preferences import JudgedEncoder, PairEncoder
+from ftray.data.prompts import PromptEncoder
 
 
 def encoder_for(data: Data, objective: ObjectiveSection, tokenizer: Any) -> Encoder:
@@ -34,6 +35,10 @@ def _judged(data: Data, objective: Any, tokenizer: Any) -> Encoder:
     return JudgedEncoder(tokenizer, objective=objective.kind, max_length=data.max_length, too_long=data.too_long)
 
 
+def _prompts(data: Data, objective: Any, tokenizer: Any) -> Encoder:
+    return PromptEncoder(tokenizer, max_length=data.max_length, few_shot=data.few_shot, room=objective.max_new_tokens)
+
+
 ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {
     "sft": _language,
     "pretrain": _language,
@@ -41,4 +46,7 @@ ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {
     "dpo": _pairs,
     "orpo": _pairs,
     "kto": _judged,
+    "grpo": _prompts,
+    "rloo": _prompts,
+    "ppo": _prompts,
 }

@@ -8,6 +8,7 @@
     pairs              {"prompt", "chosen", "rejected": str or messages, "system"?: str}; without a prompt, chosen and
                        rejected are conversations, and what both begin with is the prompt
     judged             {"prompt", "completion": str or messages, "label": true/false, 1/0, good/bad, "system"?: str}
+    prompt             {"prompt": str or messages}, without an answer: for objectives that sample answers
 
 `recognise` looks at a source's first rows; `Layout.example` turns one row into an example or raises `Unusable`.
 """
@@ -54,6 +55,12 @@ BAD = {
     "thumbs_down",
     "👎",
 }
+# beside those, for objectives that sample answers: what these are compared with
+REFERENCES = (
+    ("prompt", "reference"), ("question", "reference"), ("prompt", "ground_truth"), ("prompt", "solution"),
+    ("problem", "answer"), ("problem", "solution"),
+)  # fmt: skip
+ASKS = ("prompt", "question", "problem", "query")  # columns that hold a prompt
 TURNS = ("messages", "conversations", "conversation")  # columns that hold a conversation
 # columns that may stand beside `text` without making its meaning doubtful
 BESIDE_TEXT = {
@@ -117,13 +124,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of one source are read. `columns`: our name -> the file's."""
+    """How the rows of one source are read. `columns`: our name -> the file's. `answered`: a row must have an answer."""
 
     kind: str
     columns: dict[str, str]
     template: str | None = None
     system: str | None = None
     unused: tuple[str, ...] = ()
+    answered: bool = True
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """The canonical example of a row. Raises Unusable."""
@@ -137,7 +145,7 @@ class Layout:
         messages = READERS[self.kind](self, row)
         tools = _tools(row.get(self.columns.get("tools", "tools")))
         messages = self._with_system(messages, row)
-        if not any(message["role"] == "assistant" for message in messages):
+        if self.answered and not any(message["role"] == "assistant" for message in messages):
             raise Unusable("no message of the assistant")
         return Example(messages=messages, tools=tools, good=self._label(row) if self.kind == "judged" else None)
 
@@ -226,7 +234,7 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
         if kind in ("messages", "sharegpt"):
             raise DataError(f"{where}data.template fills a prompt, but its rows are {kind}; leave the template out")
     unused = tuple(name for name in names if name not in used.values())
-    return Layout(kind, used, template=template, system=system, unused=unused)
+    return Layout(kind, used, template=template, system=system, unused=unused, answered=objective != SAMPLED)
 
 
 NEEDS = {
@@ -237,9 +245,12 @@ NEEDS = {
     "text": "a column 'text'",
     "pairs": "columns 'chosen' and 'rejected', with 'prompt' unless they are whole conversations",
     "judged": "columns 'prompt', 'completion' and 'label'",
+    "prompt": "a column 'prompt'",
 }
 LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "kto": "judged"}
 """What rows an objective needs; another reads any of the other formats."""
+SAMPLED = "sampled"
+"""For `recognise`: an objective that samples answers, so that rows need none."""
 
 
 def _kind(
@@ -255,8 +266,11 @@ def _kind(
             return "sharegpt" if "from" in turns[0] else "messages"
     if "instruction" in known and "output" in known:
         return "instruction"
-    if any(prompt in known and answer in known for prompt, answer in PAIRS):
+    sampled = objective == SAMPLED
+    if any(prompt in known and answer in known for prompt, answer in (*PAIRS, *(REFERENCES if sampled else ()))):
         return "prompt_completion"
+    if sampled and any(name in known for name in ASKS):
+        return "prompt"
     # beside other columns a text is often the prompt of a label, so only pre-training takes it for what is learnt
     if "text" in known and ("text" in mapped or objective == "pretrain" or {*known} - {"text"} <= BESIDE_TEXT):
         return "text"
@@ -276,7 +290,7 @@ def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dic
     used = {
         "messages": lambda: first([(name,) for name in TURNS], ["messages"]),
         "sharegpt": lambda: first([(name,) for name in TURNS], ["messages"]),
-        "prompt_completion": lambda: first(PAIRS, ["prompt", "completion"]),
+        "prompt_completion": lambda: first((*PAIRS, *REFERENCES), ["prompt", "completion"]),
         "instruction": lambda: first([("instruction", "output")], ["instruction", "output"]),
         "text": lambda: first([("text",)], ["text"]),
         "pairs": lambda: first(
@@ -284,6 +298,7 @@ def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dic
             ["prompt", "chosen", "rejected"],
         ),
         "judged": lambda: first([(*pair, "label") for pair in PAIRS], ["prompt", "completion", "label"]),
+        "prompt": lambda: first([(name,) for name in ASKS], ["prompt"]),
     }[kind]()
     optional = {
         "instruction": ("input", "tools"),
@@ -325,6 +340,13 @@ def _continued(before: list[dict[str, Any]], turns: list[dict[str, Any]]) -> lis
     return [*before, *turns[len(before) :]] if turns[: len(before)] == plain else before + turns
 
 
+def _read_prompt(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    prompt = _turns_in(layout.value(row, "prompt"))
+    if _is_turns(prompt) and not layout.template:
+        return read_turns(prompt)
+    return [{"role": "user", "content": layout.prompt(row, _text(prompt, "prompt"))}]
+
+
 def _read_instruction(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     instruction, more = _string(row, layout.columns["instruction"]), row.get(layout.columns.get("input", "input"))
     asked = f"{instruction}\n\n{more}" if more else instruction
@@ -340,6 +362,7 @@ READERS = {
     "instruction": _read_instruction,
     "sharegpt": _read_messages,
     "judged": _read_pair,
+    "prompt": _read_prompt,
 }
 
 

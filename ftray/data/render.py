@@ -107,7 +107,11 @@ class Renderer:
 
     def prompt(self, example: Example) -> str:
         """What the model is asked for the last answer, generation prompt included. Raises Unusable."""
-        return self._render(_plain(example.messages[: example.last_answer]), example.tools, asked=True)
+        return self.asked(Example(example.messages[: example.last_answer], tools=example.tools))
+
+    def asked(self, example: Example) -> str:
+        """What the model is asked with, for an answer to all of the messages. Raises Unusable."""
+        return self._render(_plain(example.messages), example.tools, asked=True)
 
     def whole(self, example: Example) -> Piece:
         """The whole conversation, trained. Raises Unusable."""

@@ -36,6 +36,9 @@ METRICS = {
         "Reward margin", "high", "number", "implicit reward of chosen, or good, answers above others"
     ),
     "reward_auc": Metric("Reward AUC", "high", "share", "good answers rewarded above bad ones; a tie is half"),
+    "reward": Metric("Reward", "high", "number", "mean reward of greedy answers"),
+    "pass_at_1": Metric("Pass@1", "high", "share", "greedy answers that are right, as the reward tells"),
+    "kl": Metric("KL to base", "low", "number", "nats per greedy answer between tuned model and base"),
     "exact_match": Metric("Exact match", "high", "share", "answers equal to the expected one, up to white space"),
     "json_match": Metric("JSON match", "high", "share", "answers with the same JSON value as the expected one"),
     "accuracy": Metric("Accuracy", "high", "share", "answers that are the right label"),
@@ -62,6 +65,9 @@ class Scores:
     reward_accuracy: float | None = None
     reward_margin: float | None = None
     reward_auc: float | None = None
+    reward: float | None = None
+    pass_at_1: float | None = None
+    kl: float | None = None
     exact_match: float | None = None
     json_match: float | None = None
     accuracy: float | None = None

@@ -133,7 +133,9 @@ def _tiles(compared: Comparison) -> Html:
     """The few numbers that most readers come for: loss, the best measure of the answers, and what it cost."""
     rows = {row.metric: row for row in compared.rows}
     answers = next((name for name in ("f1", "json_match", "exact_match") if name in rows), None)
-    every = ("loss", "reward_accuracy", "reward_auc", answers, "token_accuracy", "general_loss")
+    every = (
+        "loss", "reward", "pass_at_1", "reward_accuracy", "reward_auc", answers, "token_accuracy", "general_loss"
+    )  # fmt: skip
     chosen = [name for name in every if name in rows]
     return tag("div", *(_tile(rows[name]) for name in chosen if name), class_="cells tiles")
 
@@ -266,6 +268,10 @@ def _curves(metrics: Sequence[Mapping[str, Any]], compared: Comparison | None) -
             marks=marks,
         )
     ]
+    for key, title in (("reward", "Reward"), ("kl", "KL to the base, nats per answer"), ("entropy", "Entropy, nats")):
+        series = [Series("training", _points(metrics, "train", key), "train")]
+        series.append(Series("held-out", _points(metrics, "eval", key), "eval"))
+        charts.append(line_chart(title, series, smooth=True, marks=marks))
     for key, title in (("lr", "Learning rate"), ("tokens_per_s", "Tokens per second"), ("grad_norm", "Gradient norm")):
         series = [Series(title, _points(metrics, "train", key), "train")]
         charts.append(line_chart(title, series, smooth=key != "lr", from_zero=True, marks=marks))

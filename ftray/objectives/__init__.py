@@ -1,9 +1,12 @@
 """What is optimised: one file per family, one row in OBJECTIVES."""
 
 from ftray.objectives.distill import Distill
+from ftray.objectives.grpo import Grpo
 from ftray.objectives.language import Language
 from ftray.objectives.objective import Objective
+from ftray.objectives.ppo import Ppo
 from ftray.objectives.preferences import Dpo, Kto, Orpo
+from ftray.objectives.rloo import Rloo
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": Language,
@@ -12,4 +15,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": Dpo,
     "orpo": Orpo,
     "kto": Kto,
+    "grpo": Grpo,
+    "rloo": Rloo,
+    "ppo": Ppo,
 }

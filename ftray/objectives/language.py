@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +97,11 @@ def pad(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], rows: Iterable
 
 def trained_logits(model, batch: Batch) -> torch.Tensor:
     """Logits [N, V] at the positions whose next token is trained; the others are never computed."""
+    return trained_outputs(model, batch).logits
+
+
+def trained_outputs(model, batch: Batch) -> Any:
+    """All that the model gives at those positions."""
     device = next(model.parameters()).device
     packed = {}
     if batch.position_ids is not None:
@@ -112,10 +118,9 @@ def trained_logits(model, batch: Batch) -> torch.Tensor:
     if before := virtual.embedded(unwrap(model)):
         assert batch.position_ids is None, "packed examples have no room for virtual tokens"
         predicts = F.pad(predicts, (before, 0), value=False)
-    output = model(
+    return model(
         input_ids=batch.input_ids.to(device), attention_mask=None, use_cache=False, logits_to_keep=predicts, **packed
     )
-    return output.logits
 
 
 def loss_sum(model, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -7,19 +7,54 @@ positions of a window by their lengths, and adds up and divides sums.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from ftray.config.schema import Method, Model
+from ftray.data.encode import Question
 from ftray.data.prepare import Prepared
 from ftray.data.tokens import TokenStore
+from ftray.models.generate import Given
 from ftray.models.load import load_base
 
 Observe = Callable[[Any, Any], np.ndarray]  # (model, batch) -> [rows of the batch, figures]
 Figures = Callable[[TokenStore, Observe], np.ndarray]  # -> [rows of the store, figures], in its order
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a worker trains. `policy`: the adapted model; `whole`: what is trained, the policy inside.
+
+    `deal(lengths)`: positions of this worker's micro-batches; `synced`: a forward is a collective (ZeRO 3);
+    `another_base()`: the base once more, frozen, whole on every worker.
+    """
+
+    policy: Any
+    whole: Any
+    tokenizer: Any
+    seed: int
+    synced: bool
+    deal: Callable[[np.ndarray], Sequence[np.ndarray]]
+    computing: Callable[[], AbstractContextManager]
+    another_base: Callable[[], Any]
+    beat: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the model only computes: no gradients, no dropout."""
+        was_training = self.whole.training, self.policy.training
+        self.whole.eval()
+        try:
+            with torch.no_grad(), self.computing():
+                yield
+        finally:
+            self.whole.train(was_training[0])
+            self.policy.train(was_training[1])
 
 
 class Objective(ABC):
@@ -27,6 +62,13 @@ class Objective(ABC):
 
     writes: ClassVar[bool] = True
     """Versions write text: held-out prompts are answered, and general text is scored to see what was forgotten."""
+
+    rolls_out: ClassVar[bool] = False
+    """Learns from answers that the model samples as it trains (objectives/reinforcement.py)."""
+    updates: int = 1
+    """Optimiser updates of a step."""
+    answer_tokens: int | None = None
+    """Most tokens of an answer to a held-out prompt; None: what the run says."""
 
     def __init__(self, section: Any, *, packed: bool, data: Prepared):
         self.section, self.packed, self.data = section, packed, data
@@ -52,6 +94,27 @@ class Objective(ABC):
         """Called before each update with this worker's micro-batches of the window: what their loss shares."""
         return
 
+    @classmethod
+    def check(cls, section: Any, data: Prepared) -> None:
+        """What must be so before any worker is placed. Raises ConfigError or DataError."""
+        return
+
+    def around(self, model: Any) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+        """What is trained: the adapted model, or a module around it, and by name what learns there beside it."""
+        return model, {}
+
+    def stand(self, stage: Stage) -> None:
+        """Told once where the worker trains, before anything else is asked."""
+        return
+
+    def lessons(self, step: int, rows: np.ndarray) -> tuple[Any, list[np.ndarray]]:
+        """What a step's window teaches: a store of examples with their `lengths`, and the places of each update."""
+        return self.data.train, [rows]
+
+    def judge(self, questions: Sequence[Question], given: Sequence[Given]) -> np.ndarray:
+        """Of one that rolls out, what the scores of held-out rows are made of, from all answers to them."""
+        raise NotImplementedError
+
     @abstractmethod
     def count(self, store: TokenStore, rows: np.ndarray) -> int:
         """What the loss sums of these rows are divided by, e.g. their trained tokens."""
@@ -72,6 +135,22 @@ class Objective(ABC):
     @abstractmethod
     def scores(self, observed: np.ndarray) -> dict[str, float]:
         """Scores by the names of METRICS, from the observations of all workers, in any order; [0, figures] too."""
+
+    def noted(self) -> list[float]:
+        """Sums for the log that this worker's updates of a step left; the same number of them on every worker."""
+        return []
+
+    def told(self, sums: Sequence[float]) -> dict[str, float]:
+        """What the log says of a step beside its loss, from the sums of `noted` over all workers."""
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of the objective itself."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `tensors` gave, from all that a checkpoint holds."""
+        return
 
 
 def joined(parts: Sequence[np.ndarray]) -> np.ndarray:

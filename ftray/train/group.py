@@ -137,6 +137,10 @@ def for_workers(run: Run, storage: Storage) -> dict[str, Any]:
         values["model"]["base"] = str(base.resolve())
     if isinstance(run.evaluate.forgetting, str):
         values["evaluate"]["forgetting"] = str(Path(run.evaluate.forgetting).expanduser().resolve())
+    for reward in values["objective"].get("rewards", []):
+        if reward["kind"] == "python":
+            file, _, name = reward["function"].rpartition(":")
+            reward["function"] = f"{Path(file).expanduser().resolve()}:{name}"
     return values
 
 

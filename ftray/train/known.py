@@ -59,6 +59,7 @@ class Known:
             baselines=run.evaluate.baselines,
             map_chunks=cluster.spread_over_cpus if large else None,
         )
+        OBJECTIVES[run.objective.kind].check(run.objective, data)
         if run.evaluate.labels:
             check_labels(run.evaluate.labels, [q.answer for q in data.questions], [q.row for q in data.questions])
         _check_baselines(run, data, config)

@@ -272,7 +272,7 @@ def based(run: Run, folder: RunFolder, *, fresh: bool = False) -> Run:
 
 
 def _storage(run: Run) -> Storage:
-    check_gate(run.evaluate.gate)
+    check_gate(run.gate)
     storage = Storage(run.storage)
     storage.probe()
     return storage

@@ -17,8 +17,8 @@ from ftray.data.pack import deal
 from ftray.data.tokens import TokenStore
 from ftray.evaluate.compare import Scores, score
 from ftray.evaluate.general import general_text
-from ftray.evaluate.generate import answer_questions
 from ftray.evaluate.suites import answer_scores
+from ftray.models.generate import Given, answer, text_of
 from ftray.objectives import language
 from ftray.objectives.objective import Objective, joined
 from ftray.train.layout import Layout
@@ -72,19 +72,22 @@ class Meter:
 
     def quick(self) -> dict[str, float]:
         """The objective's scores over every held-out row."""
-        return self.objective.scores(joined(list(self._by_task().values())))
+        given = self._given(self.questions) if self.objective.rolls_out else []
+        return self.objective.scores(joined(list(self._by_task(given).values())))
 
     def full(self) -> Measured:
         """The objective's scores, and of one that writes: answers by generation, and the forgetting probe."""
-        by_task = self._by_task()
-        answers = self._answers(self.questions) if self.objective.writes else []
+        given = self._given(self.questions) if self.objective.writes else []
+        by_task = self._by_task(given)
+        answers = self._answers(self.questions, given) if given else []
+        expected = [answer for answer in answers if answer.expected]
         general = self._general() if self.objective.writes and self.evaluate.forgetting else {}
         scores = score(
             self.objective.scores(joined(list(by_task.values()))),
             by_task={task: self.objective.scores(observed) for task, observed in by_task.items()},
-            predictions=[a.given for a in answers],
-            answers=[a.expected for a in answers],
-            tasks=[a.task for a in answers],
+            predictions=[a.given for a in expected],
+            answers=[a.expected for a in expected],
+            tasks=[a.task for a in expected],
             labels=self.evaluate.labels,
             general_loss=general.get("loss"),
         )
@@ -95,13 +98,19 @@ class Meter:
         measured = self.full()
         found = {}
         for count in self.evaluate.baselines:
-            answers = self._answers(self.baselines[count]) if count in self.baselines else measured.answers
+            answers = measured.answers
+            if asked := self.baselines.get(count):
+                answers = self._answers(asked, self._given(asked))
             given, expected = [a.given for a in answers], [a.expected for a in answers]
             found[count] = Scores.of(answer_scores(given, expected, self.evaluate.labels))
         return replace(measured, baselines=found)
 
-    def _by_task(self) -> dict[str, np.ndarray]:
-        """Observations of every held-out row, by the task it belongs to."""
+    def _by_task(self, given: Sequence[Given]) -> dict[str, np.ndarray]:
+        """Observations of every held-out row, or of the answers to them, by the task it belongs to."""
+        if self.objective.rolls_out:
+            observed = self.objective.judge(self.questions, given)
+            tasks = np.array([question.task for question in self.questions])
+            return {task: observed[tasks == task] for task in dict.fromkeys(tasks.tolist())}
         rows = np.arange(len(self.held_out))
         mine = {task: rows[[self.held_out.task(int(i)) == task for i in rows]] for task in self.held_out.tasks}
         return {task: self._observed_rows(rows) for task, rows in mine.items() if len(rows)}
@@ -162,7 +171,8 @@ class Meter:
                 self.beat()
         return joined([part for parts in gathered(joined(mine)) for part in parts if len(part)])
 
-    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+    def _given(self, questions: Sequence[Question]) -> list[Given]:
+        """Greedy answers to the questions."""
         if not questions:
             return []
         mine = questions[self.rank :: self.world]
@@ -171,22 +181,26 @@ class Meter:
         core.set_attn_implementation("sdpa")
         try:
             with self._evaluating(), torch.no_grad():
-                given = answer_questions(
+                given = answer(
                     self.model,
                     self.tokenizer,
-                    mine,
-                    max_new_tokens=self.evaluate.max_new_tokens,
+                    [question.prompt_ids for question in mine],
+                    max_new_tokens=self.objective.answer_tokens or self.evaluate.max_new_tokens,
                     synced=self.layout.zero == 3,
                     on_progress=lambda done, total: self.beat(),
                 )
         finally:
             core.set_attn_implementation(attention)
-        ordered = [""] * len(questions)
-        for rank, texts in enumerate(gathered(given)):
-            ordered[rank :: self.world] = texts
+        ordered = [Given([], None)] * len(questions)
+        for rank, share in enumerate(gathered(given)):
+            ordered[rank :: self.world] = share
+        return ordered
+
+    def _answers(self, questions: Sequence[Question], given: Sequence[Given]) -> list[Answer]:
+        prompts = [str(self.tokenizer.decode(q.prompt_ids, skip_special_tokens=True)) for q in questions]
         return [
-            Answer(q.row, q.task, self.tokenizer.decode(q.prompt_ids, skip_special_tokens=True), q.answer, text)
-            for q, text in zip(questions, ordered, strict=True)
+            Answer(q.row, q.task, prompt, q.answer, text_of(self.tokenizer, one))
+            for q, prompt, one in zip(questions, prompts, given, strict=True)
         ]
 
     @contextmanager

@@ -14,6 +14,7 @@ from ftray.store.runs import RunFolder
 Sink = Callable[[list[dict[str, Any]]], None]
 POLL_S = 0.5
 NOTE_EVERY_S = 5.0
+SHOWN = ("reward", "kl", "loss")
 LINE_EVERY_S = 10.0  # where the output is no terminal
 
 
@@ -150,7 +151,7 @@ class Display:
             if kind == "train":
                 self._step(row)
             elif kind == "eval":
-                self._say(f"step {row['step']}: held-out loss {row['loss']:.4f}")
+                self._say(f"step {row['step']}: held-out {_shown(row)}")
             elif kind == "started":
                 how = f"resumed after step {row['step']}" if row["resumed"] else "workers ready"
                 self._say(f"{self._change(row['workers'])}{how} ({row['seconds']:.0f} s)")
@@ -159,7 +160,7 @@ class Display:
                 self._say(row["text"])
 
     def _step(self, row: dict[str, Any]) -> None:
-        numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        numbers = f"{_shown(row)}  {row['tokens_per_s']:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._task, description="training", completed=row["step"], numbers=numbers)
         elif time.monotonic() - self._said > LINE_EVERY_S or row["step"] == self.steps:
@@ -178,3 +179,8 @@ class Display:
             self._bar.console.print(text, highlight=False)
         elif not self.silent:
             print(text, file=sys.stderr, flush=True)
+
+
+def _shown(row: dict[str, Any]) -> str:
+    """What counts of a row, e.g. "loss 1.2345"."""
+    return "  ".join(f"{name} {row[name]:.4f}" for name in SHOWN if name in row)

@@ -79,7 +79,7 @@ def _comparison(run: Run, storage: Storage, folder: RunFolder) -> Comparison:
     return compare(
         Scores.from_json(before["scores"]),
         Scores.from_json(after["scores"]),
-        list(run.evaluate.gate),
+        run.gate,
         baselines={int(count): Scores.from_json(values) for count, values in before.get("baselines", {}).items()},
     )
 

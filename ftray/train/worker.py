@@ -160,6 +160,15 @@ class Worker:
         )
         return model, tokenizer
 
+    def _another_base(self):
+        from ftray.config.schema import Full
+        from ftray.models.load import load_base, without_zero3
+
+        with without_zero3():
+            base = load_base(self.run.model, method=Full(), dtype=self.dtype, attention=self.layout.attention)
+        base.config.use_cache = False
+        return base.eval().requires_grad_(False).to(self.device)
+
     # building
 
     def _build(self) -> None:
@@ -196,14 +205,17 @@ class Worker:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
-        self.model, self.named = model, trainable(model)
+        whole, beside = self.objective.around(model)
+        self.model, self.learnt = model, trainable(model)
+        self.named = self.learnt | beside
         self.engine = build_engine(
-            model, named=self.named, layout=layout, optim=run.optim, lr=self.schedule.lr, dtype=self.dtype
+            whole, named=self.named, layout=layout, optim=run.optim, lr=self.schedule.lr, dtype=self.dtype
         )
         self.model.train()
         self.ranks = None
         if isinstance(run.method, AdaLora):
-            self.ranks = RankBudget(self.model, self.engine, self.named, max_grad_norm=run.optim.max_grad_norm)
+            self.ranks = RankBudget(self.model, self.engine, self.learnt, max_grad_norm=run.optim.max_grad_norm)
+        self.objective.stand(self._stage(whole))
         self.meter = Meter(
             self.model,
             self.tokenizer,
@@ -227,6 +239,21 @@ class Worker:
         where = f"{self.folder.key}/figures/{Path(self.job.data_key).name}-{store.folder.name}.npy"
         return kept(self.storage, where, compute=lambda: self.meter.over(store, observe), log=self.log)
 
+    def _stage(self, whole):
+        from ftray.objectives.objective import Stage
+
+        return Stage(
+            policy=self.model,
+            whole=whole,
+            tokenizer=self.tokenizer,
+            seed=self.run.seed,
+            synced=self.layout.zero == 3,
+            deal=self._deal,
+            computing=self._computing,
+            another_base=self._another_base,
+            beat=lambda: self.watchdog.beat(),
+        )
+
     def _computing(self) -> contextlib.AbstractContextManager:
         """Without ZeRO, 16-bit computing is autocast over fp32 learnt weights; with it, the weights are 16-bit."""
         import torch
@@ -243,7 +270,8 @@ class Worker:
         first = 0
         if found is not None:
             checkpoint, tensors = found
-            state.restore(self.engine, self.named, tensors, steps=checkpoint.step)
+            state.restore(self.engine, self.named, tensors, steps=checkpoint.step * self.objective.updates)
+            self.objective.restore(tensors)
             if self.ranks is not None:
                 self.ranks.restore(tensors)
             first = checkpoint.step
@@ -286,23 +314,27 @@ class Worker:
 
         began = time.monotonic()
         self.watchdog.beat()
-        rows = self.windows.rows(step)
-        micros = self._micros(rows)
-        count = max(1, self.objective.count(self.data.train, rows))
-        torch.manual_seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)  # dropout, whatever came before
         rate = self.schedule.lr_at(step)
+        torch.manual_seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)  # dropout, whatever came before
+        micros, sums, loss = [], [], 0.0
         try:
-            with self._computing():
-                self.objective.before_update(self.model, micros, count=count)
-            done = update(self.engine, micros, self._loss, count=count, lr=rate, ranks=self.ranks)
+            store, parts = self.objective.lessons(step, self.windows.rows(step))
+            for part in parts:
+                mine = self._micros(store, part)
+                count = max(1, self.objective.count(store, part))
+                with self._computing():
+                    self.objective.before_update(self.model, mine, count=count)
+                done = update(self.engine, mine, self._loss, count=count, lr=rate, ranks=self.ranks)
+                micros += mine
+                sums += done.sums
+                loss += sum(done.sums) / count / len(parts)
         except torch.OutOfMemoryError as error:
             self._halve(error)
             raise
         notes = [self.keeper.busy, self.notices.due, self.notices.stop]
-        sums = torch.tensor([sum(done.sums), *map(float, notes)], dtype=torch.float64)
-        total, busy, ask, stop = summed(sums, self.layout.device).tolist()
-        loss = total / count
-        self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=done.sums, micros=micros)
+        told = torch.tensor([loss, *map(float, notes), *self.objective.noted()], dtype=torch.float64)
+        loss, busy, ask, stop, *noted = summed(told, self.layout.device).tolist()
+        self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=sums, micros=micros)
         if self.ranks is not None:
             self.ranks.after_step(step + 1, grad_norm=done.grad_norm)
         if self.keeper.waiting and not busy:
@@ -310,7 +342,7 @@ class Worker:
         after = step + 1
         if after % self.schedule.log_every == 0 or after == self.schedule.steps:
             seconds = time.monotonic() - began
-            tokens = int(self.data.train.lengths[rows].sum())
+            tokens = sum(int(store.lengths[part].sum()) for part in parts)
             self.log(
                 {
                     "kind": "train",
@@ -322,12 +354,13 @@ class Worker:
                     "tokens": tokens,
                     "tokens_per_s": tokens / seconds,
                     "seconds": seconds,
+                    **self.objective.told(noted),
                 }
             )
         scheduled = self.schedule.checkpoints_after(after) or after == self.schedule.steps
         if scheduled or stop or (ask and self.notices.new()):
-            more = self.ranks.tensors() if self.ranks is not None else None
-            self.keeper.take(self.engine, self.named, step=after, more=more)
+            more = self.ranks.tensors() if self.ranks is not None else {}
+            self.keeper.take(self.engine, self.named, step=after, more=more | self.objective.tensors())
         if self.schedule.evaluates_after(after) and not stop:
             self._evaluate(after)
         return bool(stop)
@@ -345,18 +378,22 @@ class Worker:
         )
         self.folder.set_verdict(TrainError.__name__, text)
 
-    def _micros(self, rows):
+    def _micros(self, store, rows):
+        hands = self._deal(store.lengths[rows])
+        return [self.objective.batch(store, rows[hand], spare=int(rows[0])) for hand in hands]
+
+    def _deal(self, lengths):
+        """This worker's micro-batches of examples of these lengths."""
         from ftray.data.pack import deal
 
-        store = self.data.train
         hands = deal(
-            store.lengths[rows],
+            lengths,
             workers=self.world,
             micro_batch_size=self.layout.micro_batch_size,
             max_length=self.run.longest,
             packed=self.layout.packing,
         )
-        return [self.objective.batch(store, rows[hand], spare=int(rows[0])) for hand in hands[self.rank]]
+        return hands[self.rank]
 
     def _loss(self, engine, micro):
         with self._computing():
@@ -383,7 +420,7 @@ class Worker:
         from ftray.train import state
 
         values = {}
-        for name, tensor in state.gather(self.engine, self.named, moments=False):
+        for name, tensor in state.gather(self.engine, self.learnt, moments=False):
             if self.rank == 0:
                 values[name] = tensor
         output = f"{self.folder.key}/output"

@@ -24,9 +24,9 @@ from ftray.config.methods import (
     Vera,
 )
 from ftray.errors import ModelError
-from ftray.evaluate.generate import answer_questions
 from ftray.models import virtual
 from ftray.models.adapt import adapt, check_method, default_lr, servability, trainable
+from ftray.models.generate import answer_questions
 from ftray.models.load import load_base, load_config, load_tokenizer
 from ftray.models.merge import load_version, merge
 from ftray.models.save import load_state_into, save_version

@@ -4,6 +4,7 @@ import datetime
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ftray.evaluate.generate import answer_questions, stop_ids
 from ftray.models.attention import NAME, register
+from ftray.models.generate import Sampler, answer, answer_questions, stop_ids
 
 WORDS = 200
 PAD, EOS, TURN = 0, 1, 2
@@ -232,3 +233,48 @@ def test_a_model_that_trains_packed_still_answers_padded_rows(llama, tokenizer):
     peft = get_peft_model(llama, LoraConfig(r=4, target_modules="all-linear"))  # begins as the base
     assert answer_questions(peft, tokenizer, questions, max_new_tokens=NEW) == expected
     assert llama.config._attn_implementation == NAME
+
+
+def uniform(rows, seed=0):
+    return np.random.default_rng(seed).random((rows, NEW))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_sampled_answers_do_not_depend_on_their_batch(llama, tokenizer, top_p):
+    prompts = [question.prompt_ids for question in asked(11)]
+    pick = Sampler(uniform(11), temperature=1.3, top_p=top_p)
+    alone, together = (
+        answer(llama, tokenizer, prompts, max_new_tokens=NEW, pick=pick, batch_size=size) for size in (1, 11)
+    )
+    assert alone == together
+    assert len({tuple(given.ids) for given in alone}) == 11
+    assert alone != answer(llama, tokenizer, prompts, max_new_tokens=NEW, pick=Sampler(uniform(11, 1)))
+
+
+def test_the_same_prompt_is_answered_otherwise_by_other_numbers(llama, tokenizer):
+    prompts = [asked(1)[0].prompt_ids] * 6
+    given = answer(llama, tokenizer, prompts, max_new_tokens=NEW, pick=Sampler(uniform(6)))
+    assert len({tuple(one.ids) for one in given}) == 6
+
+
+def test_a_cold_sampler_is_greedy(llama, tokenizer):
+    prompts = [question.prompt_ids for question in asked(5)]
+    cold = answer(llama, tokenizer, prompts, max_new_tokens=NEW, pick=Sampler(uniform(5), temperature=1e-3))
+    assert cold == answer(llama, tokenizer, prompts, max_new_tokens=NEW)
+
+
+def test_a_number_finds_its_token_in_the_running_sum():
+    logits = torch.tensor([[0.1, 0.2, 0.0, 0.3, 0.4]]).log().expand(7, 5)
+    numbers = np.array([[0.0], [0.09], [0.11], [0.29], [0.31], [0.59], [0.999]])
+    picked = Sampler(numbers)(logits, range(7), 0)
+    assert picked.tolist() == [0, 0, 1, 1, 3, 3, 4]
+    nucleus = Sampler(numbers, top_p=0.6)(logits, range(7), 0)  # tokens 4 and 3 hold 0.7: 3 up to 3/7, then 4
+    assert nucleus.tolist() == [3, 3, 3, 3, 3, 4, 4]
+
+
+def test_an_answer_says_what_ended_it(llama, tokenizer):
+    llama.generation_config.eos_token_id = [EOS, TURN, *range(10, 60)]
+    given = answer(llama, tokenizer, [question.prompt_ids for question in asked(12)], max_new_tokens=NEW)
+    assert all(one.stop is None or one.stop in llama.generation_config.eos_token_id for one in given)
+    assert {len(one.ids) == NEW for one in given if one.stop is None} <= {True}
+    assert any(one.stop is not None for one in given)

@@ -1,8 +1,8 @@
-"""Greedy answers to held-out questions, in batches, on whatever wraps the model while it trains.
+"""Answers to questions, greedy or sampled, in batches, on whatever wraps the model while it trains.
 
-The tokens are those of `model.generate(do_sample=False)` on each row alone. `generate` keeps finished rows to the end
-and decides again about every setting at every step; this loop drops them and does only what greedy decoding needs.
-Axes: B rows, T prompt tokens (left-padded), S tokens so far.
+Greedy tokens are those of `model.generate(do_sample=False)` on each row alone, which keeps finished rows to the end
+and decides again about every setting at every step; this loop drops them and does only what decoding needs.
+Axes: B rows, T prompt tokens (left-padded), S tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -44,6 +46,45 @@ class Asked(Protocol):
     def prompt_ids(self) -> Sequence[int]: ...
 
 
+class Given(NamedTuple):
+    """An answer: its ids, and the id that ended it, None where it was cut off."""
+
+    ids: list[int]
+    stop: int | None
+
+
+Pick = Callable[[torch.Tensor, Sequence[int], int], torch.Tensor]
+"""`(logits_BV, rows, at)` -> next_B: token number `at` of the answers to these rows."""
+
+
+def greedy(logits_BV: torch.Tensor, rows: Sequence[int], at: int) -> torch.Tensor:
+    return logits_BV.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws each row's tokens by numbers of its own, so that an answer depends on no batch and no worker.
+
+    `numbers_RS`: uniform in [0, 1), one a token of each row's answer. A number finds its token in the running sum of
+    softmax(logits / temperature), cut to the smallest set of tokens that holds `top_p` of it (arXiv 1904.09751).
+    """
+
+    numbers_RS: np.ndarray
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __call__(self, logits_BV: torch.Tensor, rows: Sequence[int], at: int) -> torch.Tensor:
+        p_BV = (logits_BV.float() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+            sorted_BV = sorted_BV.masked_fill(sorted_BV.cumsum(-1) - sorted_BV >= self.top_p, 0)
+            p_BV = torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV)
+        total_BV = p_BV.double().cumsum(-1)
+        numbers_B1 = torch.tensor(self.numbers_RS[list(rows), at], dtype=torch.float64, device=p_BV.device)[:, None]
+        found_B1 = torch.searchsorted(total_BV, numbers_B1 * total_BV[:, -1:], right=True)
+        return found_B1[:, 0].clamp(max=p_BV.shape[-1] - 1)
+
+
 def answer_questions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,23 +102,53 @@ def answer_questions(
     collective) every rank must call this, even with no questions; ranks then make equally many forwards.
     `on_progress(answered, all)` is called as rows finish.
     """
+    given = answer(
+        model,
+        tokenizer,
+        [question.prompt_ids for question in questions],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        synced=synced,
+        on_progress=on_progress,
+    )
+    return [text_of(tokenizer, one) for one in given]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, given: Given) -> str:
+    return str(tokenizer.decode(given.ids, skip_special_tokens=True)).strip()
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    pick: Pick = greedy,
+    batch_size: int | Literal["auto"] = "auto",
+    synced: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Given]:
+    """The same in token ids, each token chosen by `pick`, whose rows are places in `prompts`."""
     model = _unwrapped(model)
-    answers = [""] * len(questions)
+    answers = [Given([], None)] * len(prompts)
     done = 0
     with _answering(model):
-        decoder = _Decoder(model, tokenizer, max_new_tokens=max_new_tokens, synced=synced)
-        for row, ids in decoder.answer([list(question.prompt_ids) for question in questions], batch_size):
-            answers[row] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        decoder = _Decoder(model, tokenizer, max_new_tokens=max_new_tokens, pick=pick, synced=synced)
+        for row, given in decoder.answer([list(ids) for ids in prompts], batch_size):
+            answers[row] = given
             done += 1
             if on_progress:
-                on_progress(done, len(questions))
+                on_progress(done, len(prompts))
         decoder.finish()
     return answers
 
 
 class _Decoder:
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, synced: bool):
-        self.model = model
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, pick: Pick, synced: bool
+    ):
+        self.model, self.pick = model, pick
         self.synced = synced and dist.is_initialized()
         self.max_new_tokens = max_new_tokens
         self.device = next(model.parameters()).device
@@ -91,11 +162,11 @@ class _Decoder:
         self.forward = base if self.virtual else model
         self.accepts = frozenset(inspect.signature(base.forward).parameters)
 
-    def answer(self, prompts: list[list[int]], batch_size: int | Literal["auto"]) -> Iterator[tuple[int, list[int]]]:
-        """(row, new ids) as rows finish, longest prompts first: what does not fit in memory fails at once."""
+    def answer(self, prompts: list[list[int]], batch_size: int | Literal["auto"]) -> Iterator[tuple[int, Given]]:
+        """(row, its answer) as rows finish, longest prompts first: what does not fit in memory fails at once."""
         prompts = [ids or [self.pad] for ids in prompts]
         full = [row for row, ids in enumerate(prompts) if len(ids) >= self.positions]
-        yield from ((row, []) for row in full)
+        yield from ((row, Given([], None)) for row in full)
         waiting = sorted(set(range(len(prompts))) - set(full), key=lambda row: -len(prompts[row]))
         while waiting:
             rows = self._rows_that_fit(len(prompts[waiting[0]])) if batch_size == "auto" else batch_size
@@ -103,9 +174,9 @@ class _Decoder:
             answered: set[int] = set()
             fits = True
             try:
-                for slot, ids in self._decode([prompts[row] for row in batch]):
-                    answered.add(batch[slot])
-                    yield batch[slot], ids
+                for row, given in self._decode([prompts[row] for row in batch], batch):
+                    answered.add(row)
+                    yield row, given
             except torch.OutOfMemoryError:
                 # Under `synced` the other ranks are inside the same collective: they would hang if this one went on.
                 if self.synced or len(batch) == 1:
@@ -123,8 +194,8 @@ class _Decoder:
         while self._any_busy(False):
             self.model(input_ids=idle_11, use_cache=False)
 
-    def _decode(self, prompts: list[list[int]]) -> Iterator[tuple[int, list[int]]]:
-        """(index into `prompts`, new ids) as rows finish."""
+    def _decode(self, prompts: list[list[int]], rows: list[int]) -> Iterator[tuple[int, Given]]:
+        """(row, its answer) as rows finish; `rows` are the prompts' own, in step with them."""
         lengths = [len(ids) for ids in prompts]
         limits = [min(self.max_new_tokens, self.positions - length) for length in lengths]
         new: list[list[int]] = [[] for _ in prompts]
@@ -138,18 +209,21 @@ class _Decoder:
             places_B1, positions_BT = places_B1 + self.virtual, positions_BT + self.virtual
             mask_BS = None if mask_BS is None else F.pad(mask_BS, (self.virtual, 0), value=1)
             size += self.virtual
-        next_B = self._next(ids_BT, positions_BT, mask_BS, size, cache)
+        next_B = self.pick(self._logits(ids_BT, positions_BT, mask_BS, size, cache), rows, 0)
         alive: list[int | None] = list(range(len(prompts)))
+        held = list(rows)  # by slot, finished ones too
+        at = 0
         while True:
             for slot, token in enumerate(next_B.tolist()):
                 row = alive[slot]
                 if row is None:
                     continue
-                if token not in self.stops:
+                stopped = token in self.stops
+                if not stopped:
                     new[row].append(token)
-                if token in self.stops or len(new[row]) >= limits[row]:
+                if stopped or len(new[row]) >= limits[row]:
                     alive[slot] = None
-                    yield row, new[row]
+                    yield rows[row], Given(new[row], token if stopped else None)
             kept = [slot for slot, row in enumerate(alive) if row is not None]
             if not kept:
                 return
@@ -158,10 +232,11 @@ class _Decoder:
                 cache.reorder_cache(kept_B)
                 next_B, places_B1 = next_B[kept_B], places_B1[kept_B]
                 mask_BS = None if mask_BS is None else mask_BS[kept_B]
-                alive = [alive[slot] for slot in kept]
+                alive, held = [alive[slot] for slot in kept], [held[slot] for slot in kept]
             size += 1
+            at += 1
             places_B1 = places_B1 + 1
-            next_B = self._next(next_B[:, None], places_B1, mask_BS, size, cache)
+            next_B = self.pick(self._logits(next_B[:, None], places_B1, mask_BS, size, cache), held, at)
 
     def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids_BT, and the mask with room for every new token, or None where no row is padded."""
@@ -174,7 +249,7 @@ class _Decoder:
         places = torch.arange(longest + self.max_new_tokens, device=self.device)
         return ids_BT, (places >= torch.tensor(gaps, device=self.device)[:, None]).long()
 
-    def _next(self, ids: torch.Tensor, positions: torch.Tensor, mask_BS: torch.Tensor | None, size: int, cache: Any):
+    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, mask_BS: torch.Tensor | None, size: int, cache: Any):
         self._any_busy(True)
         inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
         if mask_BS is not None:
@@ -183,7 +258,7 @@ class _Decoder:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self.accepts:
             inputs["logits_to_keep"] = 1
-        return self.forward(**inputs).logits[:, -1].argmax(-1)
+        return self.forward(**inputs).logits[:, -1]
 
     def _any_busy(self, busy: bool) -> bool:
         """Whether any rank is about to do a forward; asked by every rank before each, so that all do equally many."""
