@@ -8,6 +8,7 @@ from typing import Any
 from ftray.config.objectives import ObjectiveSection, Sft
 from ftray.config.schema import Data
 from ftray.data.encode import Encoder
+from ftray.data.labelled import label_encoder
 
 
 def encoder_for(data: Data, objective: ObjectiveSection, tokenizer: Any) -> Encoder:
@@ -25,4 +26,9 @@ def _language(data: Data, objective: Any, tokenizer: Any) -> Encoder:
     )
 
 
-ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {"sft": _language, "pretrain": _language}
+ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {
+    "sft": _language,
+    "pretrain": _language,
+    "classification": label_encoder,
+    "regression": label_encoder,
+}

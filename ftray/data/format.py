@@ -5,6 +5,7 @@
     instruction        {"instruction", "input"?, "output"}
     sharegpt           {"conversations": [{"from", "value"}, ...]}
     text               {"text": str}
+    labelled           {"text": str, "pair"?: str, "label": str, number, list, "a|b"}; also sentence/category and the like
 
 `recognise` looks at a source's first rows; `Layout.example` turns one row into an example or raises `Unusable`.
 """
@@ -53,6 +54,19 @@ BESIDE_TEXT = {
 }
 
 
+# columns of labelled rows when nothing is said, the first that a row has wins: the text, a second text, the label
+TEXTS = (
+    "text", "sentence", "sentence1", "premise", "question1", "utterance", "query", "question", "prompt", "input",
+    "content", "review", "comment", "tweet", "message", "body", "document", "title", "instruction", "source",
+)  # fmt: skip
+SECOND_TEXTS = ("pair", "text_pair", "sentence2", "hypothesis", "question2", "passage", "context")
+LABELS = (
+    "label", "labels", "category", "categories", "intent", "intents", "class", "classes", "target", "tags", "tag",
+    "topic", "topics", "sentiment", "emotion", "emotions", "score", "rating", "similarity", "stars", "value",
+    "completion", "output", "answer",
+)  # fmt: skip
+
+
 class Unusable(Exception):
     """A row that is not used. `kind` is what the report counts; `detail` says more; `bad`: an error under `strict`."""
 
@@ -68,13 +82,22 @@ class Unusable(Exception):
         return self.reason
 
 
+class Refused(Unusable):
+    """A row that ends the preparation, whatever `strict` says: the run, or another row, says the opposite."""
+
+
 @dataclass(slots=True)
 class Example:
-    """Either messages (role, content, and optionally weight 0 or 1, tool_calls, ...) or a text."""
+    """Either messages (role, content, and optionally weight 0 or 1, tool_calls, ...) or a text.
+
+    A labelled text has its label as the row says it, and perhaps a second text.
+    """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
     tools: list[dict[str, Any]] | None = None
+    pair: str | None = None
+    label: Any = None
 
     @property
     def last_answer(self) -> int:
@@ -95,11 +118,14 @@ class Layout:
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """The canonical example of a row. Raises Unusable."""
-        if self.kind == "text":
+        if self.kind in ("text", "labelled"):
             text = _string(row, self.columns["text"])
             if self.template:
                 text = self._fill(row)
-            return Example(text=text)
+            if self.kind == "text":
+                return Example(text=text)
+            pair = _string(row, self.columns["pair"]) if "pair" in self.columns else None
+            return Example(text=text, pair=pair, label=_label(row, self.columns["label"]))
         messages = READERS[self.kind](self, row)
         tools = _tools(row.get(self.columns.get("tools", "tools")))
         if self.system and messages[0]["role"] != "system":
@@ -152,6 +178,9 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
             f"{where}cannot tell how its rows are laid out; {_have(names)}. Name them, e.g. "
             "columns: {prompt: <column>, completion: <column>}, or set format"
         )
+    if (kind == "labelled") != (objective in READING):
+        fitting = "labelled" if objective in READING else "another"
+        raise DataError(f"{where}format {kind} is not for {objective}, which needs {fitting}; leave format out")
     used = _used(kind, known, columns)
     if used is None:
         raise DataError(f"{where}format {kind} needs {NEEDS[kind]}; {_have(names)}. Map them with columns")
@@ -169,12 +198,17 @@ NEEDS = {
     "instruction": "columns 'instruction' and 'output'",
     "sharegpt": "a column 'conversations'",
     "text": "a column 'text'",
+    "labelled": "columns 'text' and 'label'",
 }
+READING = ("classification", "regression")
+"""Objectives that learn from labelled rows."""
 
 
 def _kind(
     rows: Sequence[Mapping[str, Any]], known: Mapping[str, str], mapped: Mapping[str, str], objective: str
 ) -> str | None:
+    if objective in READING:
+        return "labelled"
     if "prompt" in mapped and "completion" in mapped:
         return "prompt_completion"
     for name in TURNS:
@@ -205,9 +239,30 @@ def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dic
         "prompt_completion": lambda: first(PAIRS, ["prompt", "completion"]),
         "instruction": lambda: first([("instruction", "output")], ["instruction", "output"]),
         "text": lambda: first([("text",)], ["text"]),
+        "labelled": lambda: _labelled(known),
     }[kind]()
-    optional = {"instruction": ("input", "tools"), "text": ()}.get(kind, ("tools",))
+    optional = {"instruction": ("input", "tools"), "text": (), "labelled": ()}.get(kind, ("tools",))
     return used and used | {name: known[name] for name in optional if name in known}
+
+
+def _labelled(known: Mapping[str, str]) -> dict[str, str] | None:
+    """Columns that the run names win; no column is two things."""
+    found: dict[str, str] = {}
+    for ours, names in (("label", LABELS), ("text", TEXTS), ("pair", SECOND_TEXTS)):
+        candidates = [ours, *names]
+        column = next((known[name] for name in candidates if name in known and known[name] not in found.values()), None)
+        if column is not None:
+            found[ours] = column
+    return found if {"text", "label"} <= {*found} else None
+
+
+def _label(row: Mapping[str, Any], column: str) -> Any:
+    """The label as it stands there; text is stripped, and a list in JSON is read. Raises Unusable where there is none."""
+    value = row.get(column)
+    value = _json(value.strip()) if isinstance(value, str) else value
+    if value is None or value == "" or value != value:  # a missing number in Parquet is NaN, which is not itself
+        raise Unusable("no label", f"column '{column}' is empty")
+    return value
 
 
 def _read_messages(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:
