@@ -5,7 +5,7 @@
     instruction        {"instruction", "input"?, "output"}
     sharegpt           {"conversations": [{"from", "value"}, ...]}
     text               {"text": str}
-    labelled           {"text": str, "pair"?: str, "label": str, number, list, "a|b"}; also sentence/category and the like
+    labelled           {"text": str, "pair"?: str, "label": str, number or list}; also sentence/category
 
 `recognise` looks at a source's first rows; `Layout.example` turns one row into an example or raises `Unusable`.
 """
@@ -257,7 +257,7 @@ def _labelled(known: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _label(row: Mapping[str, Any], column: str) -> Any:
-    """The label as it stands there; text is stripped, and a list in JSON is read. Raises Unusable where there is none."""
+    """The label as it stands there; text stripped, a list in JSON read. Raises Unusable where there is none."""
     value = row.get(column)
     value = _json(value.strip()) if isinstance(value, str) else value
     if value is None or value == "" or value != value:  # a missing number in Parquet is NaN, which is not itself
