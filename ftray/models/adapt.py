@@ -11,7 +11,7 @@ from typing import Any
 from ftray.config.methods import Freeze, Full, Lora, Method, Prompt, Tokens, is_adapter
 from ftray.errors import ModelError
 from ftray.models.adapters import KINDS, Setting, begin_prompt, unknown_tokens
-from ftray.models.heads import Head, add_head, begin_head, head_of, head_parameters, pool_where_texts_end
+from ftray.models.heads import Head, add_head, begin_head, head_parameters, pool_where_texts_end
 from ftray.models.layers import adaptable, chosen, did_you_mean, is_called, leaves, short_names, sides
 from ftray.models.load import load_tokenizer, meta_model, origin
 
@@ -72,7 +72,23 @@ def servability(method: Method) -> str:
     return KINDS[method.kind].served
 
 
-def default_lr(method: Method, parameters: int) -> float:
+READ_BY_ENCODERS = ("lora", "adalora", "loha", "lokr", "ia3", "oft", "norms")
+"""Adapters whose whole state is in their file, so that the encoder engine takes them (models/encoder_files.py)."""
+
+
+def reader_servability(method: Method, *, encoder: bool) -> str:
+    """The same of a version under a head, on the encoder engine: "adapter", "model", "merge" (as a model, once it is
+    merged), or "none". A causal base's head is not served."""
+    if not encoder:
+        return "none"
+    if not is_adapter(method):
+        return "model"
+    if method.kind in READ_BY_ENCODERS:
+        return "adapter"
+    return "merge" if KINDS[method.kind].served == "merge" else "none"
+
+
+def default_lr(method: Method, parameters: int, *, head: bool = False) -> float:
     """Peak learning rate where the run says auto; `parameters` is the size of the base.
 
     Full rates fall with size as in the model reports (1e-3 at 5 M, 2e-5 from 1 B on); LoRA takes about ten times the
@@ -151,8 +167,7 @@ def _add_adapter(model: Any, method: Any, *, seed: int, fp32: bool, steps: int) 
         adapted = get_peft_model(model, config, autocast_adapter_dtype=fp32)
         if isinstance(method, Prompt):
             begin_prompt(adapted, method, setting)
-        if config.is_prompt_learning and head_of(model) is not None:
-            pool_where_texts_end(adapted)
+        pool_where_texts_end(adapted)
     if lora and method.init == "pissa":
         adapted.ftray_pissa_start = {
             name: parameter.detach().float().cpu().clone()

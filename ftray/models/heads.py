@@ -93,7 +93,7 @@ def head_modules(model: Any) -> dict[str, Any]:
     beside = {name: module for name, module in inner.named_children() if name != prefix}
     pooler = getattr(getattr(inner, prefix), "pooler", None)
     found = {f"{prefix}.pooler": pooler, **beside}
-    return {name: module for name, module in found.items() if module is not None and any(module.parameters())}
+    return {name: module for name, module in found.items() if module is not None and list(module.parameters())}
 
 
 def head_parameters(model: Any) -> set[str]:
@@ -148,14 +148,26 @@ def add_head(config: Any, model: Any) -> None:
     config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *head_modules(model)]
 
 
+def unwrap_heads(adapted: Any) -> None:
+    """Puts the learnt heads where PEFT's wrappers of them are: not every method's merging looks for these."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in list(adapted.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, leaf = name.rpartition(".")
+            setattr(adapted.get_submodule(parent), leaf, module.modules_to_save[module.active_adapters[0]])
+
+
 def pool_where_texts_end(adapted: Any) -> None:
     """For virtual tokens before a causal base, which is given embeddings and no ids: transformers then takes the last
     position for the text's end, padding or not. Here it is the last that the mask attends to; the same for a text
-    alone."""
+    alone. Nothing is done to a model that writes, or that reads both ways and looks at the mask."""
     import torch
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     base = adapted.get_base_model()
+    if not adapted.active_peft_config.is_prompt_learning or "score" not in head_modules(base):
+        return
     as_before = base.forward
 
     def forward(input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **more: Any) -> Any:

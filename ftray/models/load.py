@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import logging
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +183,8 @@ def load_base(
     if bits:
         options["quantization_config"] = quantisation(bits, dtype, whole=whole)
     read = AutoModelForCausalLM.from_pretrained if head is None else head.auto_class.from_pretrained
-    loaded, info = read_base(model, read, **options)
+    with contextlib.nullcontext() if head is None else _without_report():
+        loaded, info = read_base(model, read, **options)
     if head is not None:
         mark(loaded, head, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
         loaded.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
@@ -195,6 +199,18 @@ def load_base(
     loaded.name_or_path = model.base  # what PEFT writes down as the base: the run's own word for it
     loaded.ftray_origin = Origin(model, saved_dtype, getattr(config.get_text_config(), "use_cache", True))
     return loaded
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers warns of a head that is new, and we make it so."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def origin(model: Any) -> Origin:

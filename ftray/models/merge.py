@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from ftray.config.schema import Full, Lora, Method, Model
 from ftray.errors import ModelError
-from ftray.models.heads import head_of, pool_where_texts_end, read_head, write_head
+from ftray.models.heads import pool_where_texts_end, read_head, unwrap_heads, write_head
 from ftray.models.load import fingerprint, load_base, load_tokenizer, resolve_base
 from ftray.models.save import ADAPTER_CONFIG
 
@@ -64,7 +64,10 @@ def merge(model: Model, folder: Path, out: Path, dtype: Any) -> Path:
         head = read_head(folder)
         base = load_base(model, method=Full(), dtype=torch.float32, head=head)
         _untie_where_adapted(base, folder)
-        merged = _with_adapter(base, folder).merge_and_unload(safe_merge=True).to(dtype)
+        adapted = _with_adapter(base, folder)
+        if head is not None:
+            unwrap_heads(adapted)
+        merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
         merged.save_pretrained(draft)
         load_tokenizer(_tokenizer_source(model, folder)).save_pretrained(draft)
         if head is not None:
@@ -103,8 +106,7 @@ def _with_adapter(base: Any, folder: Path) -> Any:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"{folder}: the adapter does not fit the base {base.name_or_path!r}: {error}") from error
-    if adapted.active_peft_config.is_prompt_learning and head_of(base) is not None:
-        pool_where_texts_end(adapted)
+    pool_where_texts_end(adapted)
     return adapted
 
 

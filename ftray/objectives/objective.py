@@ -16,6 +16,7 @@ import torch
 from ftray.config.schema import Model
 from ftray.data.prepare import Prepared
 from ftray.data.tokens import TokenStore
+from ftray.models.heads import Head
 from ftray.models.load import load_base
 
 
@@ -28,9 +29,14 @@ class Objective(ABC):
     def __init__(self, section: Any, *, packed: bool, data: Prepared):
         self.section, self.packed, self.data = section, packed, data
 
+    @classmethod
+    def head(cls, section: Any, labels: Sequence[str]) -> Head | None:
+        """The head that the base reads under, for data with these labels; None where it writes."""
+        return None
+
     def load(self, model: Model, **options: Any) -> Any:
         """The base, as `load_base` does it, with what this objective reads from it on top."""
-        return load_base(model, **options)
+        return load_base(model, head=self.head(self.section, self.data.labels), **options)
 
     @abstractmethod
     def count(self, store: TokenStore, rows: np.ndarray) -> int:
@@ -52,6 +58,10 @@ class Objective(ABC):
     @abstractmethod
     def scores(self, observed: np.ndarray) -> dict[str, float]:
         """Scores by the names of METRICS, from the observations of all workers, in any order; [0, figures] too."""
+
+    def details(self, observed: np.ndarray) -> dict[str, Any]:
+        """More than scores, as plain data for the report: figures of each label, say."""
+        return {}
 
 
 def joined(parts: Sequence[np.ndarray]) -> np.ndarray:

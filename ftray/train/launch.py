@@ -176,7 +176,9 @@ def _failure_noted(folder: RunFolder, lease: Lease) -> Iterator[None]:
 def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
     """The run on these nodes, with every `auto` resolved."""
     layout = resolve.lay_out(run, nodes=nodes, shape=known.shape, packs=known.packs)
-    lr = default_lr(run.method, known.shape.parameters) if run.optim.lr == "auto" else run.optim.lr
+    lr = run.optim.lr
+    if lr == "auto":
+        lr = default_lr(run.method, known.shape.parameters, head=known.head is not None)
     store = known.data.train
     schedule = course(
         run.optim,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Measured:
+    """`details`: what the objective says beside the scores, plain data."""
+
     scores: Scores
     answers: list[Answer]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Meter:
@@ -74,8 +77,9 @@ class Meter:
         by_task = self._by_task()
         answers = self._answers() if self.objective.writes else []
         general = self._general() if self.objective.writes and self.evaluate.forgetting else {}
+        observed = joined(list(by_task.values()))
         scores = score(
-            self.objective.scores(joined(list(by_task.values()))),
+            self.objective.scores(observed),
             by_task={task: self.objective.scores(observed) for task, observed in by_task.items()},
             predictions=[a.given for a in answers],
             answers=[a.expected for a in answers],
@@ -83,7 +87,7 @@ class Meter:
             labels=self.evaluate.labels,
             general_loss=general.get("loss"),
         )
-        return Measured(scores, answers)
+        return Measured(scores, answers, self.objective.details(observed))
 
     def _by_task(self) -> dict[str, np.ndarray]:
         """Observations of every held-out row, by the task it belongs to."""

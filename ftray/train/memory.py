@@ -262,9 +262,8 @@ def predict(shape: Shape, *, method: Method, layout: Layout, optimizer: str, max
     activations = tokens * _activations(shape, learns, method, layout, max_length)
     if isinstance(method, Lora) and method.dora:
         activations += width * learns.weights / (shape.layers if layout.gradient_checkpointing else 1)
-    logits = (
-        0 if shape.head_params else 12 * tokens * shape.vocab_size
-    )  # fp32: log-probabilities, and the gradients into and out of them
+    # fp32: log-probabilities, and the gradients into and out of them; a head that reads has a few a text
+    logits = 0 if shape.head_params else 12 * tokens * shape.vocab_size
     step = fp32_gradients if layout.zero else 4 * min(BUCKET, learns.params) * (layout.workers > 1)
     overhead += max(0, step - activations - logits)
     total = weights + gradients + moments + activations + logits + overhead + (host if layout.device == "cpu" else 0)

@@ -182,7 +182,7 @@ class Worker:
 
             self._zero3 = HfDeepSpeedConfig(deepspeed_config(layout=layout, optim=run.optim, dtype=self.dtype))
         model, self.tokenizer = self._base()
-        if not self.tokenizer.chat_template:
+        if self.objective.writes and not self.tokenizer.chat_template:
             self.tokenizer.chat_template = plain_template(self.tokenizer)
         if layout.zero != 3 and not getattr(run.method, "bits", None):
             model.to(self.device)
@@ -415,7 +415,7 @@ class Worker:
     def _keep(self, name: str, measured) -> None:
         if self.rank == 0:
             answers = [asdict(answer) for answer in measured.answers]
-            row = {"scores": measured.scores.to_json(), "answers": answers}
+            row = {"scores": measured.scores.to_json(), "answers": answers, "details": measured.details}
             self.storage.write_json(f"{self.folder.key}/{name}", row)
 
     def _refuse_nan(self, step: int, *, loss: float, norm: float, sums: list[float], micros) -> None:
