@@ -161,12 +161,14 @@ def unwrap_heads(adapted: Any) -> None:
 def pool_where_texts_end(adapted: Any) -> None:
     """For virtual tokens before a causal base, which is given embeddings and no ids: transformers then takes the last
     position for the text's end, padding or not. Here it is the last that the mask attends to; the same for a text
-    alone. Nothing is done to a model that writes, or that reads both ways and looks at the mask."""
+    alone. Nothing is done to a model that writes, or that reads both ways and looks at the mask.
+    """
     import torch
     from transformers.modeling_outputs import SequenceClassifierOutput
 
-    base = adapted.get_base_model()
-    if not adapted.active_peft_config.is_prompt_learning or "score" not in head_modules(base):
+    base, config = adapted.get_base_model(), adapted.active_peft_config
+    embedded = config.is_prompt_learning and config.peft_type != "PREFIX_TUNING"
+    if not embedded or "score" not in head_modules(base):
         return
     as_before = base.forward
 

@@ -50,8 +50,16 @@ def left_away(model: Any) -> Iterator[None]:
     if _prompt_config(model) is None:
         yield
         return
-    with model.disable_adapter():
+    if head_of(model) is None:
+        with model.disable_adapter():
+            yield
+        return
+    as_before = model.forward  # PEFT's own way asks for what only models that write have
+    model.forward, model._adapters_disabled = model.base_model.forward, True
+    try:
         yield
+    finally:
+        model.forward, model._adapters_disabled = as_before, False
 
 
 def embeddings(model: Any, learnt: Mapping[str, Any]) -> Any:
