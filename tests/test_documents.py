@@ -14,12 +14,18 @@ from ftray.cli.serving import file_and_overrides
 from ftray.config.explain import sections_of
 from ftray.config.load import load_run, load_serving, load_sweep, run_from
 from ftray.config.methods import Method
+from ftray.config.objectives import Objective
 from ftray.config.schema import Run
 from ftray.config.serving import Serving
 from ftray.config.sweeping import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 SAMPLES = sorted((ROOT / "jobs" / "runs").glob("*.yaml"))
 SWEEP_SAMPLES = sorted((ROOT / "jobs" / "sweeps").glob("*.yaml"))
 SERVE_SAMPLES = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -67,7 +73,9 @@ def test_there_is_a_sample_for_every_method_and_objective():
     runs = [load_run(path) for path in SAMPLES]
     assert {run.method.kind for run in runs} == {section.model_fields["kind"].default for section in METHODS}
     assert any(run.method.kind == "lora" and run.method.bits == 4 for run in runs)
-    assert {run.objective.kind for run in runs} == {"sft", "pretrain"}
+    assert {run.objective.kind for run in runs} == {
+        section.model_fields["kind"].default for section in sections_of(Objective)
+    }
     assert len({run.name for run in runs}) == len(runs), "two samples would resume each other"
 
 

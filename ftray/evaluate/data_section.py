@@ -9,8 +9,7 @@ from typing import Any
 from ftray.evaluate.charts import bars
 from ftray.evaluate.markup import Html, join, tag
 
-
-MANY_LABELS = 16
+MANY_LABELS = 16  # from there on only the largest and the smallest are shown
 
 
 def data_section(data: Mapping[str, Any]) -> Html:

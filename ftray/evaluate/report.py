@@ -47,7 +47,8 @@ def write_report(
     """Writes report.html and report.json into the folder `out`, made if needed, and gives the page's path.
 
     `run`: the resolved run file. `data`: DataReport.to_json(). `comparison`: Comparison.to_json(). `samples`:
-    {prompt, expected, base, tuned}. `details`: {base, tuned}, what the objective says beside the scores. `plan` and `card`: plain data, shown as they are; of the card the page's head uses
+    {prompt, expected, base, tuned}. `details`: {base, tuned}, what the objective says beside the scores. `plan` and
+    `card`: plain data, shown as they are; of the card the page's head uses
     id, digest, created and seconds. `metrics`: rows with kind and step,
 
         {kind: train, step, loss, lr, tokens_per_s, grad_norm}    {kind: eval, step, loss}
