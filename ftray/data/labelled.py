@@ -147,6 +147,8 @@ class LabelEncoder(Encoder):
         return f"{text}\n-> {self._said(store.column(TARGET)[row])}"
 
     def balance(self, train: TokenStore, held_out: TokenStore) -> tuple[LabelCount, ...]:
+        if not self.labels:
+            return ()
         counts = [self._counts(store) for store in (train, held_out)]
         return tuple(LabelCount(name, int(counts[0][i]), int(counts[1][i])) for i, name in enumerate(self.labels))
 

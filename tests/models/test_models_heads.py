@@ -1,6 +1,7 @@
 """A base under a head that reads: every method begins, learns, is saved, read back and merged, on encoders and on
 causal bases, and padding changes nothing."""
 
+import asyncio
 import json
 
 import numpy as np
@@ -36,11 +37,12 @@ from ftray.config.methods import (
 from ftray.config.schema import Model
 from ftray.errors import ModelError
 from ftray.models import virtual
-from ftray.models.adapt import adapt, check_method, default_lr, trainable
+from ftray.models.adapt import adapt, check_method, default_lr, reader_servability, trainable
 from ftray.models.heads import Head, head_parameters, read_head
 from ftray.models.load import Shape, load_base, load_config, load_tokenizer, meta_model
 from ftray.models.merge import load_version, merge
 from ftray.models.save import load_state_into, save_version
+from ftray.serve.encoder import EncoderEngine
 from ftray.store.admission import admit
 from ftray.train.memory import learning
 
@@ -316,6 +318,38 @@ def test_layers_of_the_head_are_no_targets(encoder):
     learnt = [name for name in trainable(adapter) if "lora_" in name]
     assert learnt
     assert not [name for name in learnt if "pooler" in name or "classifier" in name]
+
+
+SERVED = [m for m in (*MERGED, *WHOLE) if reader_servability(m, encoder=True) in ("adapter", "model")]
+
+
+def test_the_encoder_engine_answers_as_the_trained_model_does(encoder, tmp_path):
+    assert {m.kind for m in SERVED} >= {"lora", "adalora", "loha", "lokr", "ia3", "oft", "norms", "full", "freeze"}
+    ids, mask = padded()
+    texts = [tuple(row[: int(length)].tolist()) for row, length in zip(ids, mask.sum(1), strict=True)]
+    wanted, folders = {}, {}
+    for number, method in enumerate(SERVED):
+        model = moved(encoder, method)
+        wanted[str(number)] = logits(model, ids, mask).softmax(-1)
+        folders[str(number)] = saved(model, encoder, method, tmp_path / str(number))
+
+    async def go():
+        engine = EncoderEngine(model=encoder, slots=20, own=20, device="cpu", threads=1)
+        for key, folder in folders.items():
+            await engine.load(key, folder)
+        answers = {key: await engine.classify(texts, key) for key in folders}
+        await engine.close()
+        return answers
+
+    for key, answers in asyncio.run(go()).items():
+        found = torch.tensor([[answer.scores[name] for name in HEAD.labels] for answer in answers])
+        assert apart(found, wanted[key]) < 1e-5, SERVED[int(key)]
+
+
+def test_a_version_says_whether_it_is_served():
+    assert reader_servability(Vera(), encoder=True) == "merge"
+    assert {reader_servability(m, encoder=True) for m in APART} == {"none"}
+    assert {reader_servability(m, encoder=False) for m in EVERY} == {"none"}
 
 
 def test_labels_stand_in_a_versions_files(encoder, tmp_path):

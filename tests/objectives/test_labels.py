@@ -159,4 +159,4 @@ def test_balanced_weights_are_one_on_average_and_largest_for_rare_labels():
     made, _ = objective(Classification(class_weights="balanced"), [0, 0, 0, 1], labels=("a", "b"))
     torch.testing.assert_close(made._balance, torch.tensor([4 / 6, 2.0]))
     several, _ = objective(Classification(class_weights="balanced", multi_label=True), [[1, 0], [1, 1], [1, 0], [0, 0]])
-    torch.testing.assert_close(several._balance, torch.tensor([1.0, 3.0]))  # 3 of 4 have the first: never below 1 row
+    torch.testing.assert_close(several._balance, torch.tensor([1 / 3, 3.0]))
