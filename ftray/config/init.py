@@ -32,6 +32,8 @@ STARTERS: dict[str, dict[str, Any]] = {
     "orpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "orpo"}},
     "kto": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "kto"}},
     "pretrain": {"method": {"kind": "full"}, "objective": {"kind": "pretrain"}, "evaluate": {"generate_rows": 0}},
+    "classification": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "classification"}},
+    "regression": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "regression"}},
 }
 # What nearly every run sets, so it is written out; every other key stands behind a '#' with its default.
 _WRITTEN = {"name", "model.base", "data.max_length", "optim.lr", "optim.epochs", "optim.batch_size", "scale.workers"}

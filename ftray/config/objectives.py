@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ftray.config.rewards import Reward
 from ftray.config.section import Section
@@ -14,13 +14,15 @@ class ObjectiveSection(Section):
     """`decides`: the keys on which prepared data depends; the others change the loss, not the tokens.
 
     `sequences`: texts of at most data.max_length tokens that an example holds. `pace`: of the rate that suits the
-    method, the share that `optim.lr: auto` takes. `gate`: what a version must pass where the run says auto.
+    method, the share that `optim.lr: auto` takes. `gate`: what a version must pass where the run says auto. `reads`:
+    the base reads, under a head of its own, instead of writing.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({"kind"})
     sequences: ClassVar[int] = 1
     pace: ClassVar[float] = 1.0
     gate: ClassVar[tuple[str, ...]] = ("loss < base",)
+    reads: ClassVar[bool] = False
     kind: str
 
 
@@ -153,4 +155,37 @@ class Ppo(Reinforcement):
 REINFORCEMENT = (Grpo, Rloo, Ppo)
 """Objectives that learn from rewards of sampled answers."""
 
-Objective = Annotated[Sft | Pretrain | Distill | Dpo | Orpo | Kto | Grpo | Rloo | Ppo, Field(discriminator="kind")]
+
+class Classification(ObjectiveSection):
+    """The right one of some labels for a text, or with `multi_label` each that fits."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({"kind", "multi_label", "labels"})
+    reads: ClassVar[bool] = True
+    kind: Literal["classification"] = "classification"
+    multi_label: bool = Field(False, description="a text may have several labels, or none: a list, or a|b")
+    labels: list[str] = Field(default_factory=list, description="every label; none: those of the training rows, sorted")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: rare labels weigh as much as frequent ones"
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if twice := next((label for label in value if value.count(label) > 1), None):
+            raise ValueError(f"{twice!r} stands there twice")
+        if len(value) == 1:
+            raise ValueError("one label alone tells nothing apart; name two or more, or leave it out")
+        return value
+
+
+class Regression(ObjectiveSection):
+    """A number for a text."""
+
+    reads: ClassVar[bool] = True
+    kind: Literal["regression"] = "regression"
+
+
+Objective = Annotated[
+    Sft | Pretrain | Distill | Dpo | Orpo | Kto | Grpo | Rloo | Ppo | Classification | Regression,
+    Field(discriminator="kind"),
+]

@@ -11,14 +11,24 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, shards
-from ftray.config.objectives import PREFERENCES, REINFORCEMENT, Dpo, Objective, Pretrain, Sft
+from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, Tokens, shards
+from ftray.config.objectives import (
+    PREFERENCES,
+    REINFORCEMENT,
+    Classification,
+    Dpo,
+    Objective,
+    Pretrain,
+    Regression,
+    Sft,
+)
 from ftray.config.rewards import Python
 from ftray.config.section import Section
 
 __all__ = [
     "AdaLora",
     "Auto",
+    "Classification",
     "Freeze",
     "Full",
     "Lora",
@@ -26,6 +36,7 @@ __all__ = [
     "Model",
     "Objective",
     "Pretrain",
+    "Regression",
     "Run",
     "Section",
     "Sft",
@@ -87,7 +98,7 @@ class Model(Section):
 
 
 Format: TypeAlias = Literal[
-    "auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "pairs", "judged", "prompt"
+    "auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "pairs", "judged", "prompt", "labelled"
 ]
 
 
@@ -365,9 +376,10 @@ def _disagreements(run: Run):
         yield f"data.packing: {method.kind} puts its tokens before each example, and packed rows have no room; use auto"
     if isinstance(method, Lora) and method.bits and method.init == "pissa":
         yield "method.init: pissa changes the base, which bits: keeps quantised; use default"
-    if isinstance(method, Freeze) and not (
+    parts = isinstance(method, Freeze) and (
         method.last_layers or method.train or method.embeddings or method.norms or method.head
-    ):
+    )
+    if isinstance(method, Freeze) and not parts and not run.objective.reads:  # else the head alone learns
         yield "method.last_layers: nothing is left to train; set it to 1 or more, or name patterns in train"
     if run.data.packing == "on" and run.model.attention in ("eager", "sdpa"):
         yield f"data.packing: {run.model.attention} attention knows no packed rows; use attention: auto or packing: off"
@@ -395,6 +407,8 @@ def _disagreements(run: Run):
         yield "evaluate.baselines: compares generated answers; set evaluate.generate_rows, or leave it out"
     if isinstance(run.objective, REINFORCEMENT):
         yield from _rollout_problems(run)
+    if run.objective.reads:
+        yield from _disagreements_of_a_reader(run)
 
 
 def _rollout_problems(run: Run):
@@ -416,3 +430,20 @@ def _rollout_problems(run: Run):
         yield f"evaluate.baselines: {objective.kind} is judged by rewards; leave it out"
     if isinstance(method, Lora) and method.init == "pissa":
         yield f"method.init: pissa changes the base, which {objective.kind} compares with; use default"
+
+
+def _disagreements_of_a_reader(run: Run):
+    """What makes sense only where a model writes."""
+    kind, data = run.objective.kind, run.data
+    if data.packing == "on":
+        yield f"data.packing: {kind} reads each text in a row of its own; use auto or off"
+    if data.few_shot:
+        yield f"data.few_shot: {kind} has no prompts to put examples in; leave it out"
+    if data.system:
+        yield f"data.system: {kind} reads texts, not conversations; leave it out"
+    if data.too_long == "split":
+        yield f"data.too_long: {kind} says something of a whole text; use truncate or drop"
+    if run.evaluate.labels:
+        yield f"evaluate.labels: is for generated answers; {kind} names its labels in objective.labels"
+    if isinstance(run.method, Tokens):
+        yield f"method.kind: tokens learns nothing but embeddings, and {kind} has a head to learn; use lora or norms"

@@ -1,8 +1,8 @@
 """Altered copies of training rows, for small data: what is asked is put differently, the answer stays.
 
 Noise is that of EDA (Wei and Zou, arXiv 1901.11196) with typing errors beside it; synonyms and templates are the run's
-own, since what means the same depends on the subject. A copy is drawn from the row's place and the run's seed, so the
-same run has the same copies. Where nothing can be altered there is no copy.
+own, since what means the same depends on the subject. A copy is drawn from the text and the run's seed, so the same
+row has the same copies wherever it stands. Where nothing can be altered there is no copy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from ftray.config.schema import Augment
 from ftray.data.clean import key
@@ -38,18 +39,19 @@ class Augmenter:
             self.ways.append(lambda text, rng: rng.choice(augment.templates).replace("{text}", text))
 
     def copies(self, item: Item) -> Iterator[Example]:
-        at = _asked(item.example)
-        if at is None:
+        example = item.example
+        at = _asked(example)
+        if at is None and example.label is None:
             return
-        text = item.example.messages[at]["content"]
+        text = example.text if at is None else example.messages[at]["content"]
         seen = {text}
         for number in range(self.augment.copies):
-            rng = random.Random(key(f"{item.file}:{item.line}:{number}", self.seed))
+            rng = random.Random(key(f"{text}\x1f{number}", self.seed))
             for _ in range(TRIES):
                 altered = rng.choice(self.ways)(text, rng)
                 if altered not in seen:
                     seen.add(altered)
-                    yield _with(item.example, at, altered)
+                    yield _with(example, at, altered)
                     break
 
 
@@ -102,13 +104,15 @@ def _some(places: list[int], rng: random.Random, rate: float, words: int) -> lis
 
 
 def _asked(example: Example) -> int | None:
-    """The message that the last answer answers."""
+    """The message that the last answer answers; None where a text has a label."""
     for at in range(example.last_answer - 1, -1, -1):
         if example.messages[at]["role"] == "user" and example.messages[at].get("content"):
             return at
     return None
 
 
-def _with(example: Example, at: int, text: str) -> Example:
+def _with(example: Example, at: int | None, text: str) -> Example:
+    if at is None:
+        return replace(example, text=text)
     messages = [{**message, "content": text} if n == at else message for n, message in enumerate(example.messages)]
-    return Example(messages=messages, text=example.text, tools=example.tools)
+    return replace(example, messages=messages)

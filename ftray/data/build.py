@@ -13,7 +13,7 @@ from ftray.data import sources
 from ftray.data.augment import Augmenter
 from ftray.data.clean import Cleaner, key, said
 from ftray.data.encode import Chunk, Encoded, Encoder, Item, Place
-from ftray.data.format import Layout, Unusable, recognise
+from ftray.data.format import Layout, Refused, Unusable, recognise
 from ftray.data.report import MAX_NAMED, Dropped, SourceReport
 from ftray.data.split import Split
 from ftray.errors import DataError
@@ -94,6 +94,7 @@ class Build:
         self._progress = on_progress or (lambda rows: None)
         self._cleaner = Cleaner(data.clean)
         self._bad: list[str] = []
+        self._refused: list[str] = []
         self._held_prompts: set[int] = set()
         self._shots: dict[int, list[Item]] = {}
 
@@ -122,6 +123,8 @@ class Build:
         """Takes note of an encoded chunk. Raises DataError under `strict`."""
         for place, unusable in encoded.dropped:
             self._drop(place, unusable)
+            if isinstance(unusable, Refused):
+                self._refused.append(f"{place.file}:{place.line}: {unusable.reason}")
         at = 0
         for place, length in zip(encoded.places, encoded.lengths.tolist(), strict=True):
             tally = self.tallies[place.source]
@@ -136,7 +139,11 @@ class Build:
         self.asked_too_long += encoded.asked_too_long
 
     def check(self) -> None:
-        """Raises DataError where there is nothing to train on, or a bad row under `strict`."""
+        """Raises DataError where there is nothing to train on, a row that is refused, or a bad one under `strict`."""
+        if self._refused:
+            more = f"\n  and {len(self._refused) - 10:,} more" if len(self._refused) > 10 else ""
+            lines = "".join(f"\n  {line}" for line in self._refused[:10])
+            raise DataError(f"{len(self._refused):,} rows contradict the others; mend or remove them{lines}{more}")
         if self._bad:
             self._refuse()
         for tally in self.tallies:

@@ -45,7 +45,10 @@ def said(example: Example) -> Said:
 def _said(example: Example) -> Said:
     if not example.messages:
         content = _normalised(example.text)
-        return Said(content, content.casefold())
+        if example.label is None:
+            return Said(content, content.casefold())
+        asked = content if example.pair is None else f"{content}\x1e{_normalised(example.pair)}"
+        return Said(f"{asked}\x1f{json.dumps(example.label, ensure_ascii=False, default=str)}", asked.casefold())
     parts = [_message(message) for message in example.messages]
     tools = [json.dumps(example.tools, ensure_ascii=False)] if example.tools else []
     before = parts[: example.shared if example.rejected else max(example.last_answer, 0)] or parts
@@ -101,6 +104,8 @@ class Cleaner:
                 raise Unusable(kind, f"message {number} of {len(example.messages)}")
         if not example.messages and not example.text.strip():
             raise Unusable("empty text")
+        if example.pair is not None and not example.pair.strip():
+            raise Unusable("empty text", "the second one")
         answer = example.messages[example.last_answer] if example.messages else {"content": example.text}
         length = len((answer["content"] or "").strip())
         if length < self.clean.min_chars and not answer.get("tool_calls"):

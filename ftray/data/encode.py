@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -18,7 +18,7 @@ import numpy as np
 
 from ftray.data.format import Example, Unusable
 from ftray.data.render import Piece, Renderer
-from ftray.data.report import marked_text
+from ftray.data.report import LabelCount, marked_text
 from ftray.data.tokenise import PieceTokeniser
 from ftray.data.tokens import TokenStore
 from ftray.plain_template import adds_bos
@@ -146,6 +146,14 @@ class Encoder:
     def preview(self, store: TokenStore, row: int) -> str:
         """An example as people read it, with the trained tokens marked."""
         return marked_text(self.tokenizer, store.ids(row), store.trained(row))
+
+    def balance(self, train: TokenStore, held_out: TokenStore) -> tuple[LabelCount, ...]:
+        """How many rows each label has; none where rows have no labels."""
+        return ()
+
+    def notes(self, train: TokenStore, held_out: TokenStore) -> Iterable[str]:
+        """What a user may want to know of what is kept about the examples."""
+        return ()
 
     def _pieces(self, example: Example) -> list[list[Piece]]:
         if not example.messages:

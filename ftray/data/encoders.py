@@ -9,6 +9,7 @@ from ftray.config.objectives import ObjectiveSection
 from ftray.config.schema import Data
 from ftray.data.encode import Encoder
 from ftray.data.encode_preferences import JudgedEncoder, PairEncoder
+from ftray.data.labelled import label_encoder
 from ftray.data.prompts import PromptEncoder
 
 
@@ -49,4 +50,6 @@ ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {
     "grpo": _prompts,
     "rloo": _prompts,
     "ppo": _prompts,
+    "classification": label_encoder,
+    "regression": label_encoder,
 }

@@ -9,6 +9,7 @@
                        rejected are conversations, and what both begin with is the prompt
     judged             {"prompt", "completion": str or messages, "label": true/false, 1/0, good/bad, "system"?: str}
     prompt             {"prompt": str or messages}, without an answer: for objectives that sample answers
+    labelled           {"text": str, "pair"?: str, "label": str, number or list}; also sentence/category
 
 `recognise` looks at a source's first rows; `Layout.example` turns one row into an example or raises `Unusable`.
 """
@@ -80,6 +81,19 @@ BESIDE_TEXT = {
 }
 
 
+# columns of labelled rows when nothing is said, the first that a row has wins: the text, a second text, the label
+TEXTS = (
+    "text", "sentence", "sentence1", "premise", "question1", "utterance", "query", "question", "prompt", "input",
+    "content", "review", "comment", "tweet", "message", "body", "document", "title", "instruction", "source",
+)  # fmt: skip
+SECOND_TEXTS = ("pair", "text_pair", "sentence2", "hypothesis", "question2", "passage", "context")
+LABELS = (
+    "label", "labels", "category", "categories", "intent", "intents", "class", "classes", "target", "tags", "tag",
+    "topic", "topics", "sentiment", "emotion", "emotions", "score", "rating", "similarity", "stars", "value",
+    "completion", "output", "answer",
+)  # fmt: skip
+
+
 class Unusable(Exception):
     """A row that is not used. `kind` is what the report counts; `detail` says more; `bad`: an error under `strict`."""
 
@@ -95,12 +109,16 @@ class Unusable(Exception):
         return self.reason
 
 
+class Refused(Unusable):
+    """A row that ends the preparation, whatever `strict` says: the run, or another row, says the opposite."""
+
+
 @dataclass(slots=True)
 class Example:
     """Either messages (role, content, and optionally weight 0 or 1, tool_calls, ...) or a text.
 
     Of a pair, `messages` is the conversation with the chosen answer and `rejected` the one with the other; of a judged
-    row `good` is its label.
+    row `good` is its label. A labelled text has its label as the row says it, and perhaps a second text.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -108,6 +126,8 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     rejected: list[dict[str, Any]] = field(default_factory=list)
     good: bool | None = None
+    pair: str | None = None
+    label: Any = None
 
     @property
     def last_answer(self) -> int:
@@ -135,11 +155,14 @@ class Layout:
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """The canonical example of a row. Raises Unusable."""
-        if self.kind == "text":
+        if self.kind in ("text", "labelled"):
             text = _string(row, self.columns["text"])
             if self.template:
                 text = self._fill(row)
-            return Example(text=text)
+            if self.kind == "text":
+                return Example(text=text)
+            pair = _string(row, self.columns["pair"]) if "pair" in self.columns else None
+            return Example(text=text, pair=pair, label=_label(row, self.columns["label"]))
         if self.kind == "pairs":
             return self._pair(row)
         messages = READERS[self.kind](self, row)
@@ -216,11 +239,13 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
     kind = source.format if source.format != "auto" else _kind(rows, known, columns, objective)
     if (wanted := LEARNS_FROM.get(objective)) not in (None, kind):
         raise DataError(
-            f"{where}objective {objective} learns from {wanted}, which need {NEEDS[str(wanted)]}; {_have(names)}. "
+            f"{where}objective {objective} learns from {wanted} rows, which need {NEEDS[str(wanted)]}; {_have(names)}. "
             "Map them with columns, or change the objective"
         )
     if wanted is None and kind in LEARNS_FROM.values():
-        raise DataError(f"{where}format {kind} is for objectives that compare answers, not for {objective}")
+        raise DataError(
+            f"{where}format {kind} is not for {objective}, which learns from whole answers; leave format out"
+        )
     if kind is None:
         raise DataError(
             f"{where}cannot tell how its rows are laid out; {_have(names)}. Name them, e.g. "
@@ -246,8 +271,15 @@ NEEDS = {
     "pairs": "columns 'chosen' and 'rejected', with 'prompt' unless they are whole conversations",
     "judged": "columns 'prompt', 'completion' and 'label'",
     "prompt": "a column 'prompt'",
+    "labelled": "columns 'text' and 'label'",
 }
-LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "kto": "judged"}
+LEARNS_FROM = {
+    "dpo": "pairs",
+    "orpo": "pairs",
+    "kto": "judged",
+    "classification": "labelled",
+    "regression": "labelled",
+}
 """What rows an objective needs; another reads any of the other formats."""
 SAMPLED = "sampled"
 """For `recognise`: an objective that samples answers, so that rows need none."""
@@ -299,14 +331,36 @@ def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dic
         ),
         "judged": lambda: first([(*pair, "label") for pair in PAIRS], ["prompt", "completion", "label"]),
         "prompt": lambda: first([(name,) for name in ASKS], ["prompt"]),
+        "labelled": lambda: _labelled(known),
     }[kind]()
     optional = {
         "instruction": ("input", "tools"),
         "text": (),
+        "labelled": (),
         "pairs": ("tools", "system"),
         "judged": ("tools", "system"),
     }.get(kind, ("tools",))
     return used and used | {name: known[name] for name in optional if name in known}
+
+
+def _labelled(known: Mapping[str, str]) -> dict[str, str] | None:
+    """Columns that the run names win; no column is two things."""
+    found: dict[str, str] = {}
+    for ours, names in (("label", LABELS), ("text", TEXTS), ("pair", SECOND_TEXTS)):
+        candidates = [ours, *names]
+        column = next((known[name] for name in candidates if name in known and known[name] not in found.values()), None)
+        if column is not None:
+            found[ours] = column
+    return found if {"text", "label"} <= {*found} else None
+
+
+def _label(row: Mapping[str, Any], column: str) -> Any:
+    """The label as it stands there; text stripped, a list in JSON read. Raises Unusable where there is none."""
+    value = row.get(column)
+    value = _json(value.strip()) if isinstance(value, str) else value
+    if value is None or value == "" or value != value:  # a missing number in Parquet is NaN, which is not itself
+        raise Unusable("no label", f"column '{column}' is empty")
+    return value
 
 
 def _read_messages(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -55,6 +55,11 @@ class Prepared:
     report: DataReport
     baselines: dict[int, list[Question]] = field(default_factory=dict)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that rows have, in the order of the head's rows; none for other objectives."""
+        return tuple(label.name for label in self.report.labels)
+
 
 def prepare(
     data: Data,
@@ -177,6 +182,7 @@ def _write(build: Build, map_chunks: MapChunks, folder: Path, digest: str) -> No
 
 def _report(build: Build, folder: Path, digest: str, *, questions: int, seconds: float) -> DataReport:
     train, held_out = TokenStore.open(folder / "train"), TokenStore.open(folder / "eval")
+    notes = [*build.notes(train=len(train), held_out=len(held_out)), *build.encoder.notes(train, held_out)]
     return DataReport(
         digest=digest,
         sources=tuple(tally.report() for tally in build.tallies),
@@ -192,7 +198,8 @@ def _report(build: Build, folder: Path, digest: str, *, questions: int, seconds:
         length_histogram=histogram(train.lengths),
         preview=build.encoder.preview(train, 0),
         seconds=round(seconds, 3),
-        notes=tuple(build.notes(train=len(train), held_out=len(held_out))),
+        notes=tuple(notes),
+        labels=build.encoder.balance(train, held_out),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from ftray.config.schema import Data
 
 PREVIEW_TOKENS = 400
+FEW_LABELS = 12  # that many are all shown in the terminal
 MAX_NAMED = 20  # dropped rows named per source; the rest are counted
 
 
@@ -23,6 +24,15 @@ class Dropped:
     file: str
     line: int
     reason: str
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """Examples with one label; of several labels each has its own count."""
+
+    name: str
+    train: int
+    held_out: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class DataReport:
     preview: str
     seconds: float
     notes: tuple[str, ...] = ()
+    labels: tuple[LabelCount, ...] = ()
 
     @property
     def rows_read(self) -> int:
@@ -120,10 +131,11 @@ class DataReport:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DataReport:
-        fields = {name: data[name] for name in cls.__dataclass_fields__}
+        fields = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         fields["sources"] = tuple(_source(source) for source in data["sources"])
         fields["length_histogram"] = tuple((int(low), int(count)) for low, count in data["length_histogram"])
         fields["notes"] = tuple(data["notes"])
+        fields["labels"] = tuple(LabelCount(**label) for label in data.get("labels", ()))
         return cls(**fields)
 
     def lines(self) -> list[str]:
@@ -176,9 +188,14 @@ def _lines(report: DataReport) -> Iterable[str]:
             yield f"  altered copies: {source.altered:,}"
         if source.truncated:
             yield f"  cut to {report.max_length} tokens: {source.truncated:,}"
-    trained = f"{report.trained_tokens:,} trained ({report.trained_tokens / max(report.tokens, 1):.0%})"
-    yield f"train: {report.train_examples:,} examples, {report.tokens:,} tokens, {trained}"
-    yield f"eval: {report.eval_examples:,} examples, {report.eval_tokens:,} tokens, {report.questions:,} questions"
+    if report.trained_tokens:
+        trained = f", {report.trained_tokens:,} trained ({report.trained_tokens / max(report.tokens, 1):.0%})"
+        asked = f", {report.questions:,} questions"
+    else:
+        trained = asked = ""  # a text is learnt from as a whole
+    yield f"train: {report.train_examples:,} examples, {report.tokens:,} tokens{trained}"
+    yield f"eval: {report.eval_examples:,} examples, {report.eval_tokens:,} tokens{asked}"
+    yield from _label_lines(report.labels)
     if report.questions_too_long:
         yield f"  {report.questions_too_long:,} questions are longer than {report.max_length} tokens and are not asked"
     if report.length_histogram:
@@ -190,5 +207,18 @@ def _lines(report: DataReport) -> Iterable[str]:
         yield f"lengths in tokens: {bars}"
     yield from report.notes
     if report.preview:
-        yield "one example, trained tokens in «»:"
+        yield "one example, trained tokens in «»:" if report.trained_tokens else "one example:"
         yield from ("  " + line for line in report.preview.splitlines())
+
+
+def _label_lines(labels: Sequence[LabelCount]) -> Iterable[str]:
+    if not labels:
+        return
+    ranked = sorted(labels, key=lambda label: (-label.train, label.name))
+    if len(ranked) <= FEW_LABELS:
+        shown = ", ".join(f"{label.name} {label.train:,}" for label in ranked)
+    else:
+        most, least = ranked[:3], ranked[-3:]
+        shown = ", ".join(f"{label.name} {label.train:,}" for label in most) + ", … "
+        shown += ", ".join(f"{label.name} {label.train:,}" for label in least)
+    yield f"labels: {len(labels):,}, with training rows: {shown}"

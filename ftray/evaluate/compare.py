@@ -41,10 +41,16 @@ METRICS = {
     "kl": Metric("KL to base", "low", "number", "nats per greedy answer between tuned model and base"),
     "exact_match": Metric("Exact match", "high", "share", "answers equal to the expected one, up to white space"),
     "json_match": Metric("JSON match", "high", "share", "answers with the same JSON value as the expected one"),
-    "accuracy": Metric("Accuracy", "high", "share", "answers that are the right label"),
+    "accuracy": Metric("Accuracy", "high", "share", "rows whose label, or all of whose labels, are right"),
     "precision": Metric("Precision", "high", "share", "macro average over the labels"),
     "recall": Metric("Recall", "high", "share", "macro average over the labels"),
     "f1": Metric("F1", "high", "share", "macro average over the labels"),
+    "f1_micro": Metric("F1, micro", "high", "share", "over all labels together"),
+    "ece": Metric("Calibration error", "low", "share", "how far confidence is from being right, in 15 bins"),
+    "mse": Metric("Squared error", "low", "number", "mean over the held-out rows"),
+    "mae": Metric("Absolute error", "low", "number", "mean over the held-out rows"),
+    "r2": Metric("R²", "high", "number", "share of the values' variance that is explained"),
+    "pearson": Metric("Pearson's r", "high", "number", "correlation of given and right values"),
     "general_loss": Metric("General loss", "low", "number", "nats per token of general text"),
     "forgetting": Metric("Forgetting", "low", "number", "general loss, tuned minus base"),
 }
@@ -74,13 +80,24 @@ class Scores:
     precision: float | None = None
     recall: float | None = None
     f1: float | None = None
+    f1_micro: float | None = None
+    ece: float | None = None
+    mse: float | None = None
+    mae: float | None = None
+    r2: float | None = None
+    pearson: float | None = None
     general_loss: float | None = None
     tasks: dict[str, Scores] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float | None:
-        """Of a loss per token, which that of compared answers is not."""
-        return None if self.loss is None or self.reward_margin is not None else perplexity(self.loss)
+        """Of a model that writes: of a loss per token, not per pair or per text."""
+        return perplexity(self.loss) if self.loss is not None and self.is_per_token else None
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the loss is of a text's tokens, not of compared answers, labels or numbers."""
+        return self.reward_margin is None and self.ece is None and self.mse is None
 
     def values(self) -> dict[str, float]:
         """What was measured, by name, in the order of METRICS."""

@@ -9,6 +9,8 @@ from typing import Any
 from ftray.evaluate.charts import bars
 from ftray.evaluate.markup import Html, join, tag
 
+MANY_LABELS = 16  # from there on only the largest and the smallest are shown
+
 
 def data_section(data: Mapping[str, Any]) -> Html:
     """`data` is DataReport.to_json(); what it lacks is left out."""
@@ -17,9 +19,11 @@ def data_section(data: Mapping[str, Any]) -> Html:
         (f"{low:,}–{2 * low - 1:,}" if low > 1 else "1", count) for low, count in data.get("length_histogram") or []
     ]
     preview = data.get("preview")
+    labels = data.get("labels") or []
     cards = [
         tag("div", _totals(data), class_="card"),
         tag("div", bars("Tokens per training example", lengths), class_="card") if lengths else None,
+        tag("div", bars("Training rows per label", _label_rows(labels)), class_="card") if labels else None,
     ]
     return join(
         tag("h2", "Data"),
@@ -27,7 +31,7 @@ def data_section(data: Mapping[str, Any]) -> Html:
         tag("div", _source_table(sources), class_="card scroll") if sources else None,
         _dropped(sources),
         *(tag("p", note, class_="note") for note in data.get("notes") or []),
-        _preview(preview) if preview else None,
+        _preview(preview, marked=bool(data.get("trained_tokens"))) if preview else None,
     )
 
 
@@ -40,12 +44,12 @@ def _totals(data: Mapping[str, Any]) -> Html:
         "Rows dropped": dropped or None,
         "Training examples": data.get("train_examples"),
         "Held-out examples": data.get("eval_examples"),
-        "Questions asked": data.get("questions"),
+        "Questions asked": data.get("questions") if trained or not tokens else None,
         "Cut to max_length": data.get("truncated") or None,
         "Training tokens": tokens or None,
     }
     lines = [join(tag("dt", name), tag("dd", f"{value:,}")) for name, value in named.items() if value is not None]
-    if tokens:
+    if trained:
         lines.append(join(tag("dt", "with loss"), tag("dd", f"{trained:,} ({trained / tokens:.0%})")))
     if data.get("digest"):
         lines.append(join(tag("dt", "Digest"), tag("dd", tag("code", str(data["digest"])[:16]))))
@@ -109,11 +113,17 @@ def _dropped(sources: Sequence[Mapping[str, Any]]) -> Html | None:
     )
 
 
-def _preview(text: str) -> Html:
+def _label_rows(labels: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """(label, training rows), most first; of many labels the two ends."""
+    ranked = sorted(((label["name"], label["train"]) for label in labels), key=lambda pair: (-pair[1], pair[0]))
+    return ranked if len(ranked) <= MANY_LABELS else [*ranked[:6], *ranked[-6:]]
+
+
+def _preview(text: str, *, marked: bool = True) -> Html:
     """«trained» parts become marks; the signs themselves are left out."""
     pieces = re.split(r"«([^»]*)»", text)
     shown = (tag("mark", piece) if index % 2 else piece for index, piece in enumerate(pieces))
     return join(
-        tag("h3", "One training example, as the model reads it; the loss is on the marked tokens"),
+        tag("h3", "One training example, as the model reads it" + ("; the loss is on the marked tokens" * marked)),
         tag("div", tag("pre", *shown, dir="auto"), class_="card"),
     )

@@ -23,6 +23,7 @@ from ftray.evaluate.charts import Series, dumbbell, line_chart
 from ftray.evaluate.compare import METRICS, Change, Comparison, GateResult, with_examples, written
 from ftray.evaluate.data_section import data_section
 from ftray.evaluate.facts_section import duration, facts_section, number
+from ftray.evaluate.labels_section import labels_section
 from ftray.evaluate.markup import Html, join, tag
 from ftray.evaluate.suites import exact_match, json_match
 
@@ -41,11 +42,13 @@ def write_report(
     samples: Sequence[Mapping[str, str]],
     plan: Mapping[str, Any],
     card: Mapping[str, Any],
+    details: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes report.html and report.json into the folder `out`, made if needed, and gives the page's path.
 
     `run`: the resolved run file. `data`: DataReport.to_json(). `comparison`: Comparison.to_json(). `samples`:
-    {prompt, expected, base, tuned}. `plan` and `card`: plain data, shown as they are; of the card the page's head uses
+    {prompt, expected, base, tuned}. `details`: {base, tuned}, what the objective says beside the scores. `plan` and
+    `card`: plain data, shown as they are; of the card the page's head uses
     id, digest, created and seconds. `metrics`: rows with kind and step,
 
         {kind: train, step, loss, lr, tokens_per_s, grad_norm}    {kind: eval, step, loss}
@@ -63,6 +66,7 @@ def write_report(
         "samples": list(samples),
         "plan": plan,
         "card": card,
+        **({"details": details} if details and any(details.values()) else {}),
     }
     parts = _masked(parts)
     _replace(out / "report.json", json.dumps(_strict(parts), ensure_ascii=False, indent=1))
@@ -79,12 +83,14 @@ def page(
     samples: Sequence[Mapping[str, str]],
     plan: Mapping[str, Any],
     card: Mapping[str, Any],
+    details: Mapping[str, Any] | None = None,
 ) -> Html:
     """The whole page, from the same parts as `write_report`."""
     compared = Comparison.from_json(comparison) if comparison else None
     sections = [
         _head(run, card, compared, _last(metrics, "tokens_per_s")),
         _scores(compared) if compared else None,
+        labels_section(details or {}),
         _curves(metrics, compared),
         _samples(samples),
         data_section(data) if data else None,
@@ -132,9 +138,10 @@ def _head(run: Mapping[str, Any], card: Mapping[str, Any], compared: Comparison 
 def _tiles(compared: Comparison) -> Html:
     """The few numbers that most readers come for: loss, the best measure of the answers, and what it cost."""
     rows = {row.metric: row for row in compared.rows}
-    answers = next((name for name in ("f1", "json_match", "exact_match") if name in rows), None)
+    answers = next((name for name in ("f1", "json_match", "exact_match", "r2") if name in rows), None)
     every = (
-        "loss", "reward", "pass_at_1", "reward_accuracy", "reward_auc", answers, "token_accuracy", "general_loss"
+        "loss", "reward", "pass_at_1", "reward_accuracy", "reward_auc", answers, "accuracy", "mae", "token_accuracy",
+        "general_loss",
     )  # fmt: skip
     chosen = [name for name in every if name in rows]
     return tag("div", *(_tile(rows[name]) for name in chosen if name), class_="cells tiles")
@@ -261,7 +268,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], compared: Comparison | None) -
     ]
     charts = [
         line_chart(
-            "Loss, nats per token",
+            "Loss, nats per token" if not compared or compared.before.is_per_token else "Loss",
             loss,
             smooth=True,
             reference=("base, held-out", base) if base is not None else None,

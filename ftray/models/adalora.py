@@ -12,6 +12,7 @@ from typing import Any
 from ftray.errors import ModelError
 
 _A = ".lora_A.default"
+_SAVED = ".modules_to_save.default."
 
 
 def ranks(learnt: Mapping[str, Any]) -> dict[str, int]:
@@ -57,7 +58,9 @@ def as_lora(model: Any, learnt: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]
         target_modules=sorted(patterns),
         lora_dropout=ours.lora_dropout,
         fan_in_fan_out=ours.fan_in_fan_out,
+        modules_to_save=ours.modules_to_save,
     )
+    tensors |= {name.replace(_SAVED, "."): tensor for name, tensor in learnt.items() if _SAVED in name}
     return config, tensors
 
 
@@ -68,6 +71,8 @@ def from_lora(model: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     left = dict(saved)
     values: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
+        if _SAVED in name and (head := left.pop(name.replace(_SAVED, "."), None)) is not None:
+            values[name] = head
         if not name.endswith(_A):
             continue
         stem = name[: -len(_A)]

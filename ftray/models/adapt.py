@@ -11,6 +11,7 @@ from typing import Any
 from ftray.config.methods import Freeze, Full, Lora, Method, Prompt, Tokens, is_adapter
 from ftray.errors import ModelError
 from ftray.models.adapters import KINDS, Setting, begin_prompt, unknown_tokens
+from ftray.models.heads import Head, add_head, begin_head, head_parameters, pool_where_texts_end
 from ftray.models.layers import adaptable, chosen, did_you_mean, is_called, leaves, short_names, sides
 from ftray.models.load import load_tokenizer, meta_model, origin
 
@@ -20,11 +21,13 @@ def adapt(model: Any, method: Method, *, seed: int, fp32: bool = True, steps: in
 
     `fp32` keeps learning weights in fp32 (autocast brings them down); under ZeRO, DeepSpeed keeps its own fp32 copy,
     so False saves memory there. Adapters begin the same on every worker: they are drawn from `seed`. `steps`: updates
-    of the whole run, over which AdaLoRA spreads its budget.
+    of the whole run, over which AdaLoRA spreads its budget. A head that the base lacks begins here, and learns with
+    every method.
     """
     import torch
 
     _check(model, method)
+    begin_head(model, seed=seed)
     if is_adapter(method):
         model = _add_adapter(model, method, seed=seed, fp32=fp32, steps=steps)
     elif isinstance(method, Freeze):
@@ -54,14 +57,14 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def check_method(model_config: Any, method: Method, tokenizer: Any = None) -> None:
+def check_method(model_config: Any, method: Method, tokenizer: Any = None, *, head: Head | None = None) -> None:
     """Checks a method against a base by its configuration alone, no weights read. ModelError names every problem."""
-    _check(meta_model(model_config), method, tokenizer)
+    _check(meta_model(model_config, head=head), method, tokenizer)
 
 
 def servability(method: Method) -> str:
-    """How a version is served: "adapter" (many in one batch), "merge" (beside those, or merged into the base),
-    "beside" (beside those only), or "model" (its own model)."""
+    """How a version that writes is served: "adapter" (many in one batch), "merge" (beside those, or merged into the
+    base), "beside" (beside those only), or "model" (its own model)."""
     if not is_adapter(method):
         return "model"
     if isinstance(method, Lora):
@@ -69,7 +72,23 @@ def servability(method: Method) -> str:
     return KINDS[method.kind].served
 
 
-def default_lr(method: Method, parameters: int) -> float:
+READ_BY_ENCODERS = ("lora", "adalora", "loha", "lokr", "ia3", "oft", "norms")
+"""Adapters whose whole state is in their file, so that the encoder engine takes them (models/encoder_files.py)."""
+
+
+def reader_servability(method: Method, *, encoder: bool) -> str:
+    """The same of a version under a head, on the encoder engine: "adapter", "model", "merge" (as a model, once it is
+    merged), or "none". A causal base's head is not served."""
+    if not encoder:
+        return "none"
+    if not is_adapter(method):
+        return "model"
+    if method.kind in READ_BY_ENCODERS:
+        return "adapter"
+    return "merge" if KINDS[method.kind].served == "merge" else "none"
+
+
+def default_lr(method: Method, parameters: int, *, head: bool = False) -> float:
     """Peak learning rate where the run says auto; `parameters` is the size of the base.
 
     Full rates fall with size as in the model reports (1e-3 at 5 M, 2e-5 from 1 B on); LoRA takes about ten times the
@@ -104,6 +123,7 @@ def frozen_choice(model: Any, method: Freeze) -> set[str]:
         wanted.update(_parameters_of(model, [model.get_input_embeddings()]))
     if method.head:
         wanted.update(_parameters_of(model, [model.get_output_embeddings()]))
+    wanted.update(head_parameters(model))
     if method.norms:
         wanted.update(_parameters_of(model, (m for m in model.modules() if "norm" in type(m).__name__.lower())))
     return wanted
@@ -120,7 +140,7 @@ def _parameters_of(model: Any, modules: Iterable[Any]) -> set[str]:
 
 
 def _blocks(model: Any) -> tuple[str, int]:
-    """Name and number of the decoder's blocks."""
+    """Name and number of the model's blocks."""
     import torch
 
     depth = model.config.get_text_config().num_hidden_layers
@@ -143,9 +163,11 @@ def _add_adapter(model: Any, method: Any, *, seed: int, fp32: bool, steps: int) 
         torch.manual_seed(seed)
         lora = isinstance(method, Lora)
         config = lora_config(model, method) if lora else KINDS[method.kind].config(model, method, setting)
+        add_head(config, model)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=fp32)
         if isinstance(method, Prompt):
             begin_prompt(adapted, method, setting)
+        pool_where_texts_end(adapted)
     if lora and method.init == "pissa":
         adapted.ftray_pissa_start = {
             name: parameter.detach().float().cpu().clone()

@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftray.config.methods import AdaLora, Bottleneck, Ia3, LoHa, LoKr, Norms, Oft, Prefix, Prompt, PTuning, Tokens, Vera
+from ftray.models.heads import head_of
 from ftray.models.layers import (
-    ATTENTION_OUT,
-    KEYS_AND_VALUES,
     MLP_OUT,
     adaptable,
     called_in,
     chosen,
     did_you_mean,
+    is_attention_out,
     is_called,
+    is_keys_or_values,
+    is_mlp_out,
     linear_problems,
     short_names,
     sides,
@@ -102,7 +106,7 @@ def ia3_config(model: Any, method: Ia3, setting: Setting) -> Any:
 
     targets = method.targets
     if targets == "auto":
-        targets = called_in(ia3_targets(model, method)[0], (*KEYS_AND_VALUES, *MLP_OUT))
+        targets = called_in(model, ia3_targets(model, method)[0])
     return IA3Config(
         task_type=TASK,
         target_modules=sorted(targets),
@@ -115,7 +119,7 @@ def ia3_targets(model: Any, method: Ia3) -> tuple[dict[str, Any], dict[str, Any]
     """(all layers with a scale, those of them whose inputs are scaled: the MLP's last)."""
     if method.targets == "auto":
         linear = chosen(model, "auto")
-        found = {n: m for n, m in linear.items() if any(is_called(n, t) for t in (*KEYS_AND_VALUES, *MLP_OUT))}
+        found = {name: module for name, module in linear.items() if is_keys_or_values(name) or is_mlp_out(name)}
     else:
         found = chosen(model, method.targets)
     return found, {name: m for name, m in found.items() if any(is_called(name, t) for t in MLP_OUT)}
@@ -209,8 +213,7 @@ def bottleneck_config(model: Any, method: Bottleneck, setting: Setting) -> Any:
     targets = method.targets
     if targets == "auto":
         places = bottleneck_places(model, method)
-        ends = (*ATTENTION_OUT, *MLP_OUT)
-        targets = short_names(places, "auto") if method.placement == "parallel" else called_in(places, ends)
+        targets = short_names(places, "auto") if method.placement == "parallel" else called_in(model, places)
     return BottleneckConfig(
         task_type=TASK,
         target_modules=sorted(targets),
@@ -226,11 +229,13 @@ def bottleneck_config(model: Any, method: Bottleneck, setting: Setting) -> Any:
 def bottleneck_places(model: Any, method: Bottleneck) -> dict[str, Any]:
     if method.targets != "auto":
         return chosen(model, method.targets)
-    after = MLP_OUT if method.placement == "pfeiffer" else (*ATTENTION_OUT, *MLP_OUT)
     linear = chosen(model, "auto")
     if method.placement != "parallel":
-        return {name: module for name, module in linear.items() if any(is_called(name, end) for end in after)}
-    inside = {name.rsplit(".", 1)[0] for name in linear if any(is_called(name, end) for end in MLP_OUT)}
+        both = method.placement == "houlsby"
+        return {name: m for name, m in linear.items() if is_mlp_out(name) or (both and is_attention_out(name))}
+    parents = Counter(name.rsplit(".", 1)[0] for name in linear)
+    # what holds the MLP's last layer alone is not the MLP: BERT's blocks have its two halves apart
+    inside = {parent for name in linear if is_mlp_out(name) and parents[parent := name.rsplit(".", 1)[0]] > 1}
     return {name: module for name, module in model.named_modules() if name in inside}
 
 
@@ -302,11 +307,21 @@ def p_tuning_config(model: Any, method: PTuning, setting: Setting) -> Any:
 
 
 def virtual_problems(model: Any, method: Prefix | Prompt | PTuning) -> Iterable[str]:
+    if isinstance(method, Prefix) and head_of(model) is not None and not _takes_prefix(model):
+        yield f"method.kind: a {type(model).__name__} takes no keys and values before the text; use prompt or p_tuning"
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and method.tokens >= longest // 2:
         yield f"method.tokens: {method.tokens} leave little of the base's {longest} positions; use {longest // 16}"
     if isinstance(method, Prompt) and method.text is not None and not method.text:
         yield "method.text: is empty; leave it out, or write what the model should do"
+
+
+def _takes_prefix(model: Any) -> bool:
+    """PEFT gives a prefix to the model, or to the base inside, whose second output it then takes for the pooled one."""
+    if "past_key_values" in inspect.signature(model.forward).parameters:
+        return True
+    inside = model.base_model
+    return "past_key_values" in inspect.signature(inside.forward).parameters and bool(getattr(inside, "pooler", None))
 
 
 KINDS: dict[str, Kind] = {

@@ -75,7 +75,7 @@ def load_encoder(model: Model, *, dtype: Any, device: Any = "cpu") -> Encoder:
             "they would be random: take a complete encoder"
         )
     module = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    positions = _positions(module)
+    positions = positions_of(module)
     made_for = _document(model, "sentence_bert_config.json").get("max_seq_length") or positions
     modules = _document(model, "modules.json").get("modules", [])
     return Encoder(
@@ -105,7 +105,8 @@ def pooling_of(document: dict[str, Any], modules: list[dict[str, Any]]) -> Pooli
     return "mean" if modes == ["mean"] else "cls"
 
 
-def _positions(module: Any) -> int:
+def positions_of(module: Any) -> int:
+    """Tokens of the longest text that an encoder can read."""
     import torch
 
     for name, table in module.named_modules():

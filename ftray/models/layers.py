@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ftray.models.heads import head_modules
 from ftray.models.load import linear_modules, linear_shape
 
 # What architectures call them; a name with a dot says in which module.
@@ -19,6 +20,9 @@ KEYS_AND_VALUES = (
     "c_attn",
     "query_key_value",
     "qkv_proj",
+    "k_lin",
+    "v_lin",
+    "Wqkv",
 )
 ATTENTION_OUT = (
     "o_proj",
@@ -28,8 +32,22 @@ ATTENTION_OUT = (
     "self_attn.dense",
     "attention.dense",
     "wo",
+    "attention.output.dense",
+    "out_lin",
+    "attn.Wo",
 )
-MLP_OUT = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "fc_out", "w2")
+MLP_OUT = (
+    "down_proj",
+    "fc2",
+    "mlp.c_proj",
+    "dense_4h_to_h",
+    "fc_out",
+    "w2",
+    "output.dense",
+    "lin2",
+    "mlp.Wo",
+    "ffn_output",
+)
 
 
 def is_called(name: str, target: str) -> bool:
@@ -38,17 +56,39 @@ def is_called(name: str, target: str) -> bool:
 
 
 def chosen(model: Any, targets: str | Sequence[str]) -> dict[str, Any]:
-    """The modules that `targets` names, by full name; "auto" is every linear layer but the head."""
+    """The modules that `targets` names, by full name; "auto" is every linear layer but the head.
+
+    A head that reads learns whole, so nothing in it is ever chosen.
+    """
     if targets == "auto":
         return linear_modules(model)
-    modules = dict(model.named_modules())
-    return {name: module for name, module in modules.items() if name and any(is_called(name, t) for t in targets)}
+    heads = tuple(head_modules(model))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(is_called(name, target) for target in targets)
+        and not any(name == head or name.startswith(f"{head}.") for head in heads)
+    }
 
 
-def called_in(modules: Iterable[str], ends: Iterable[str]) -> list[str]:
-    """Those of `ends` that name one of the modules."""
-    modules = list(modules)
-    return [end for end in ends if any(is_called(name, end) for name in modules)]
+def is_attention_out(name: str) -> bool:
+    return any(is_called(name, end) for end in ATTENTION_OUT)
+
+
+def is_mlp_out(name: str) -> bool:
+    """BERT calls the last layers of both parts `output.dense`."""
+    return not is_attention_out(name) and any(is_called(name, end) for end in MLP_OUT)
+
+
+def is_keys_or_values(name: str) -> bool:
+    return any(is_called(name, end) for end in KEYS_AND_VALUES)
+
+
+def called_in(model: Any, places: dict[str, Any]) -> list[str]:
+    """The places as an adapter's configuration lists them: by the tables' names where these name nothing else."""
+    ends = (*KEYS_AND_VALUES, *ATTENTION_OUT, *MLP_OUT)
+    short = sorted({end for end in ends if any(is_called(name, end) for name in places)})
+    return short if chosen(model, short).keys() == places.keys() else sorted(places)
 
 
 def short_names(modules: dict[str, Any], targets: str | Sequence[str]) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
+import logging
 import re
 import struct
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 from ftray.config.schema import Method, Model
 from ftray.errors import ModelError
 from ftray.models.builtin import builtin_folder
+from ftray.models.heads import Head, head_modules, mark, set_head
 from ftray.store.admission import CARD
 from ftray.store.paths import MARKER
 
@@ -60,13 +63,15 @@ class Shape:
     linears: dict[str, tuple[int, int]]
     """Linear layers apart from the output layer: name -> (inputs, outputs)."""
     norm_params: int = 0
+    head_params: int = 0
+    """Of a head that reads, which always learns; 0 where the model writes."""
 
     @classmethod
-    def from_config(cls, config: Any) -> Shape:
+    def from_config(cls, config: Any, *, head: Head | None = None) -> Shape:
         """Builds the model on the meta device: no weights are read or allocated. ModelError for no causal model."""
-        model = meta_model(config)
+        model = meta_model(config, head=head)
         text = config.get_text_config()
-        head = model.get_output_embeddings()
+        output = model.get_output_embeddings()
         linears = {name: linear_shape(module) for name, module in linear_modules(model).items()}
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -80,9 +85,10 @@ class Shape:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             vocab_size=text.vocab_size,
             max_positions=getattr(text, "max_position_embeddings", None) or 0,
-            tied=head is not None and head.weight is model.get_input_embeddings().weight,
+            tied=output is not None and output.weight is model.get_input_embeddings().weight,
             linears=linears,
             norm_params=sum(p.numel() for module in norm_layers(model).values() for p in module.parameters()),
+            head_params=sum(p.numel() for module in head_modules(model).values() for p in module.parameters()),
         )
 
 
@@ -143,12 +149,21 @@ def read_base(model: Model, from_pretrained: Any, *, needs: str = "config.json",
         raise _explain(model, base, error) from error
 
 
-def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "auto", zero3: bool = False) -> Any:
+def load_base(
+    model: Model,
+    *,
+    method: Method,
+    dtype: Any,
+    attention: str = "auto",
+    zero3: bool = False,
+    head: Head | None = None,
+) -> Any:
     """The base with its weights in `dtype`, quantised where the method has `bits`.
 
     `attention` is transformers' name, `ftray_varlen`, or "auto" for the best that the model supports. `zero3`:
-    DeepSpeed's HfDeepSpeedConfig is alive, and weights are sharded while they load. ModelError when the base does not
-    exist, has no safetensors, or its files lack weights.
+    DeepSpeed's HfDeepSpeedConfig is alive, and weights are sharded while they load. `head`: the base reads under this
+    head instead of writing; `adapt` draws what of it the files do not have. ModelError when the base does not exist,
+    has no safetensors, or its files lack weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -164,11 +179,23 @@ def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "aut
         options["attn_implementation"] = attention
     elif getattr(config.get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # sdpa has no soft cap
-    if bits:
-        options["quantization_config"] = quantisation(bits, dtype)
     saved_dtype = getattr(config.get_text_config(), "dtype", None) or dtype
-    loaded, info = read_base(model, AutoModelForCausalLM.from_pretrained, **options)
-    if info["missing_keys"]:
+    whole: list[str] | None = None
+    if head is not None:
+        sketch = meta_model(config, head=head)
+        whole = list(head_modules(sketch))
+        options |= {**head.settings(), "ignore_mismatched_sizes": True}  # a base may have a head for other labels
+        if model.attention == "auto" and not sketch._supports_sdpa:
+            options["attn_implementation"] = "eager"
+    if bits:
+        options["quantization_config"] = quantisation(bits, dtype, whole=whole)
+    read = AutoModelForCausalLM.from_pretrained if head is None else head.auto_class.from_pretrained
+    with contextlib.nullcontext() if head is None else _without_report():
+        loaded, info = read_base(model, read, **options)
+    if head is not None:
+        mark(loaded, head, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+        loaded.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
+    elif info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
             f"model.base: {model.base!r} lacks {len(missing)} weights of a {type(loaded).__name__}, e.g. {missing[0]}; "
@@ -182,16 +209,15 @@ def load_base(model: Model, *, method: Method, dtype: Any, attention: str = "aut
 
 
 @contextlib.contextmanager
-def without_zero3() -> Iterator[None]:
-    """Inside, `from_pretrained` loads whole weights even where ZeRO 3 would have them sharded while loading."""
-    from transformers.integrations import deepspeed as integration
-
-    reference = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
+def _without_report() -> Iterator[None]:
+    """transformers warns of a head that is new, and we make it so."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = reference
+        logger.setLevel(level)
 
 
 def origin(model: Any) -> Origin:
@@ -211,17 +237,21 @@ def _one_way_of_computing(loaded: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def quantisation(bits: int, dtype: Any) -> Any:
-    """bitsandbytes settings: 4 is QLoRA's NF4, quantised twice (arXiv 2305.14314); 8 is int8 (arXiv 2208.07339)."""
+def quantisation(bits: int, dtype: Any, *, whole: list[str] | None = None) -> Any:
+    """bitsandbytes settings: 4 is QLoRA's NF4, quantised twice (arXiv 2305.14314); 8 is int8 (arXiv 2208.07339).
+
+    `whole`: modules that stay as they are, where it is not the output layer.
+    """
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=whole,
     )
 
 
@@ -232,44 +262,60 @@ def cache_shape(config: Any) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, width
 
 
-def meta_model(config: Any) -> Any:
-    """The architecture without weights, on the meta device. ModelError where it is no causal language model."""
+def meta_model(config: Any, *, head: Head | None = None) -> Any:
+    """The architecture without weights, on the meta device. ModelError where it is no causal language model, or takes
+    no such head."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    build: Any = AutoModelForCausalLM
+    if head is not None:
+        config = copy.deepcopy(config)
+        set_head(config, head)
+        build = head.auto_class
 
     # a configuration of the base's own class exists only where the run trusts the base's code
     trusted = type(config).__module__.startswith("transformers_modules")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            model = build.from_config(config, trust_remote_code=trusted)
     except ValueError as error:
-        raise ModelError(
-            f"model.base: a {config.model_type!r} model does not write text; take a causal language model"
-        ) from error
+        lacks = "does not write text; take a causal language model"
+        if head is not None:
+            lacks = f"has no {head.auto_class.__name__}; take a BERT-like encoder or a causal language model"
+        raise ModelError(f"model.base: a {config.model_type!r} model {lacks}") from error
     model.tie_weights()
+    if head is not None:
+        mark(model, head, ())
     return model
 
 
 def linear_modules(model: Any) -> dict[str, Any]:
-    """Linear layers by name, quantised ones too, without the output layer."""
+    """Linear layers by name, quantised ones too, without the output layer or the head."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    output = model.get_output_embeddings()
     return {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        for name, module in _without_head(model).items()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not output
     }
 
 
 def norm_layers(model: Any) -> dict[str, Any]:
-    """Normalisation layers with weights, by name."""
+    """Normalisation layers with weights, by name, without the head's."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in _without_head(model).items()
         if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
     }
+
+
+def _without_head(model: Any) -> dict[str, Any]:
+    """Modules by name; the head's learn whole, and no method adapts them besides."""
+    head = {id(module) for top in head_modules(model).values() for module in top.modules()}
+    return {name: module for name, module in model.named_modules() if id(module) not in head}
 
 
 def linear_shape(module: Any) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from ftray.config.schema import VERSION, Full, Lora, Method, Model
 from ftray.errors import ModelError
+from ftray.models.heads import pool_where_texts_end, read_head, unwrap_heads, write_head
 from ftray.models.load import fingerprint, load_base, load_tokenizer, resolve_base
 from ftray.models.save import ADAPTER_CONFIG
 
@@ -28,10 +29,10 @@ def load_version(
     An adapter trained on a quantised base (`card["method"]["bits"]`) gets a base quantised the same way, so that its
     logits are those of training. ModelError when the base is another than the adapter's (`card["base_fingerprint"]`).
     """
-    tokenizer = load_tokenizer(_tokenizer_source(base_model, folder))
+    tokenizer, head = load_tokenizer(_tokenizer_source(base_model, folder)), read_head(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         whole = base_model.model_copy(update={"base": str(folder), "revision": None})
-        return load_base(whole, method=Full(), dtype=dtype, attention=attention).eval(), tokenizer
+        return load_base(whole, method=Full(), dtype=dtype, attention=attention, head=head).eval(), tokenizer
     expected = card.get("base_fingerprint")
     if expected and expected != (found := fingerprint(base_model)):
         raise ModelError(
@@ -39,7 +40,7 @@ def load_version(
             "name the base, or the revision, that it was trained on"
         )
     method = TypeAdapter(Method).validate_python(card["method"]) if card.get("method") else Lora()
-    base = load_base(base_model, method=method, dtype=dtype, attention=attention)
+    base = load_base(base_model, method=method, dtype=dtype, attention=attention, head=head)
     return _with_adapter(base, folder), tokenizer
 
 
@@ -60,11 +61,17 @@ def merge(model: Model, folder: Path, out: Path, dtype: Any) -> Path:
             "on the bank engine, or export it"
         )
     with _new_folder(out) as draft:
-        base = load_base(model, method=Full(), dtype=torch.float32)
+        head = read_head(folder)
+        base = load_base(model, method=Full(), dtype=torch.float32, head=head)
         _untie_where_adapted(base, folder)
-        merged = _with_adapter(base, folder).merge_and_unload(safe_merge=True).to(dtype)
+        adapted = _with_adapter(base, folder)
+        if head is not None:
+            unwrap_heads(adapted)
+        merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
         merged.save_pretrained(draft)
         load_tokenizer(_tokenizer_source(model, folder)).save_pretrained(draft)
+        if head is not None:
+            write_head(draft, head)
     return out
 
 
@@ -92,13 +99,15 @@ def _with_adapter(base: Any, folder: Path) -> Any:
     import ftray.models.bottleneck  # noqa: F401  (PEFT learns of the method)
 
     try:
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
     except (RuntimeError, ValueError, KeyError) as error:  # PEFT's ways of saying that names or shapes do not fit
         import torch
 
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"{folder}: the adapter does not fit the base {base.name_or_path!r}: {error}") from error
+    pool_where_texts_end(adapted)
+    return adapted
 
 
 def _untie_where_adapted(base: Any, folder: Path) -> None:

@@ -6,7 +6,6 @@ names of `adapt.trainable`, so that one process can write what DeepSpeed has sha
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,13 @@ from ftray.config.methods import PROMPTS, AdaLora, Full, Lora, Method, Vera, is_
 from ftray.errors import ModelError
 from ftray.models import adalora, virtual
 from ftray.models.adapt import pissa_start, trainable, unwrap
-from ftray.models.load import Origin, load_base, origin, without_zero3
+from ftray.models.heads import head_of, write_head
+from ftray.models.load import Origin, load_base, origin
+from ftray.models.sharded import whole, without_zero3
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+SAVED = ".modules_to_save.default."
 
 
 def save_version(model: Any, folder: Path, *, method: Method, state: Mapping[str, Any], tokenizer: Any) -> None:
@@ -36,6 +38,8 @@ def save_version(model: Any, folder: Path, *, method: Method, state: Mapping[str
     else:
         _save_model(model, folder, state)
     tokenizer.save_pretrained(folder)
+    if (head := head_of(model)) is not None:
+        write_head(folder, head)
 
 
 def load_state_into(model: Any, folder: Path, method: Method) -> None:
@@ -45,13 +49,15 @@ def load_state_into(model: Any, folder: Path, method: Method) -> None:
     """
     model = unwrap(model)
     if isinstance(method, PROMPTS):
-        virtual.read_back(model, folder / ADAPTER)
-        return
-    saved = _adapter_tensors(model, folder, method) if is_adapter(method) else _model_tensors(model, folder)
-    live = trainable(model)
+        live, saved = _beside_prompts(trainable(model)), virtual.read_back(model, folder / ADAPTER)
+        ours = {name.replace(SAVED, "."): name for name in live}
+        saved = {ours.get(name, name): tensor for name, tensor in saved.items()}
+    else:
+        saved = _adapter_tensors(model, folder, method) if is_adapter(method) else _model_tensors(model, folder)
+        live = trainable(model)
     _refuse_strangers(folder, live, saved)
     for name, parameter in live.items():
-        with _whole(parameter):
+        with whole(parameter):
             if parameter.shape != saved[name].shape:
                 found, wanted = tuple(saved[name].shape), tuple(parameter.shape)
                 raise ModelError(f"{folder}: {name} is {found} in the file and {wanted} in the model")
@@ -72,6 +78,7 @@ def _save_adapter(model: Any, folder: Path, method: Method, state: Mapping[str, 
         config, written_tensors = adalora.as_lora(model, tensors)
     elif isinstance(method, PROMPTS):
         written_tensors = {virtual.TENSOR: virtual.embeddings(model, tensors)}
+        written_tensors |= {name.replace(SAVED, "."): tensor for name, tensor in _beside_prompts(tensors).items()}
     else:
         written_tensors = _peft_names(model, tensors, beside=_shared(model, method))
     save_file(
@@ -135,7 +142,7 @@ def _frozen_values(model: Any, came_from: Origin, state: Mapping[str, Any]) -> d
         return frozen
     # ZeRO 3 has sharded them; gathering would need every rank, and the base's own files have the same values
     with without_zero3():
-        base = load_base(came_from.model, method=Full(), dtype=came_from.saved_dtype)
+        base = load_base(came_from.model, method=Full(), dtype=came_from.saved_dtype, head=head_of(model))
     return dict(base.named_parameters())
 
 
@@ -163,7 +170,8 @@ def _adapter_tensors(model: Any, folder: Path, method: Method) -> dict[str, Any]
 def _model_tensors(model: Any, folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    read: Any = AutoModelForCausalLM.from_pretrained
+    head = head_of(model)
+    read: Any = (AutoModelForCausalLM if head is None else head.auto_class).from_pretrained
     code = origin(model).model.trust_remote_code
     with without_zero3():
         loaded, info = read(
@@ -207,14 +215,10 @@ def _peft_names(model: Any, tensors: Mapping[str, Any], *, beside: Mapping[str, 
     return get_peft_model_state_dict(model, state_dict=everywhere, save_embedding_layers=False)
 
 
+def _beside_prompts(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What learns beside virtual tokens: a head."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("prompt_encoder.")}
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _whole(parameter: Any) -> contextlib.AbstractContextManager:
-    """Inside, a parameter that ZeRO 3 has sharded is whole, and what is written to it goes back to the shards."""
-    if not hasattr(parameter, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

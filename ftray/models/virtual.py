@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import ModelError
+from ftray.models.heads import head_of
 
 TENSOR = "prompt_embeddings"
 
@@ -49,8 +50,16 @@ def left_away(model: Any) -> Iterator[None]:
     if _prompt_config(model) is None:
         yield
         return
-    with model.disable_adapter():
+    if head_of(model) is None:
+        with model.disable_adapter():
+            yield
+        return
+    as_before = model.forward  # PEFT's own way asks for what only models that write have
+    model.forward, model._adapters_disabled = model.base_model.forward, True
+    try:
         yield
+    finally:
+        model.forward, model._adapters_disabled = as_before, False
 
 
 def embeddings(model: Any, learnt: Mapping[str, Any]) -> Any:
@@ -58,14 +67,17 @@ def embeddings(model: Any, learnt: Mapping[str, Any]) -> Any:
     import torch
 
     prefix = "prompt_encoder.default."
-    values = {name.removeprefix(prefix): tensor for name, tensor in learnt.items()}
+    values = {name.removeprefix(prefix): tensor for name, tensor in learnt.items() if name.startswith(prefix)}
     tokens = torch.arange(model.peft_config["default"].num_virtual_tokens)
     with torch.no_grad():
         return torch.func.functional_call(model.prompt_encoder["default"], values, (tokens[None],))[0]
 
 
-def read_back(model: Any, path: Path) -> None:
-    """Puts a version's virtual tokens in place of what made them. ModelError where they do not fit."""
+def read_back(model: Any, path: Path) -> dict[str, Any]:
+    """Puts a version's virtual tokens in place of what made them; what its file holds beside them, such as a head.
+
+    ModelError where they do not fit.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -73,13 +85,14 @@ def read_back(model: Any, path: Path) -> None:
     config, encoder = model.peft_config["default"], model.prompt_encoder["default"]
     layers = 2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1
     wanted = (config.num_virtual_tokens, layers * config.token_dim)
-    tensor = found.get(TENSOR)
-    if tensor is None or found.keys() != {TENSOR} or tuple(tensor.shape) != wanted:
-        shapes = {name: tuple(one.shape) for name, one in found.items()}
+    tensor = found.pop(TENSOR, None)
+    if tensor is None or (found and head_of(model) is None) or tuple(tensor.shape) != wanted:
+        shapes = {name: tuple(one.shape) for name, one in load_file(path).items()}
         raise ModelError(f"{path.parent}: holds {shapes} where {TENSOR} {wanted} belongs; it comes from another method")
     weight = encoder.embedding.weight
     encoder.embedding = torch.nn.Embedding.from_pretrained(tensor.to(weight.device, weight.dtype))
     config.inference_mode = True
+    return found
 
 
 def _prompt_config(model: Any) -> Any:

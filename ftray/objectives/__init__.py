@@ -2,6 +2,7 @@
 
 from ftray.objectives.distill import Distill
 from ftray.objectives.grpo import Grpo
+from ftray.objectives.labels import Labels
 from ftray.objectives.language import Language
 from ftray.objectives.objective import Objective
 from ftray.objectives.ppo import Ppo
@@ -18,4 +19,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "grpo": Grpo,
     "rloo": Rloo,
     "ppo": Ppo,
+    "classification": Labels,
+    "regression": Labels,
 }

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from ftray.config.methods import Full
 from ftray.config.schema import Model
 from ftray.models.adapt import unwrap
-from ftray.models.load import load_base, without_zero3
+from ftray.models.load import load_base
+from ftray.models.sharded import without_zero3
 from ftray.objectives import language
 from ftray.objectives.language import Batch, Language, trained_logits
 

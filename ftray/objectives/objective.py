@@ -20,6 +20,7 @@ from ftray.data.encode import Question
 from ftray.data.prepare import Prepared
 from ftray.data.tokens import TokenStore
 from ftray.models.generate import Given
+from ftray.models.heads import Head
 from ftray.models.load import load_base
 
 Observe = Callable[[Any, Any], np.ndarray]  # (model, batch) -> [rows of the batch, figures]
@@ -78,9 +79,14 @@ class Objective(ABC):
         """Another model that every worker holds frozen beside the one that learns, e.g. a teacher."""
         return None
 
+    @classmethod
+    def head(cls, section: Any, labels: Sequence[str]) -> Head | None:
+        """The head that the base reads under, for data with these labels; None where it writes."""
+        return None
+
     def load(self, model: Model, **options: Any) -> Any:
         """The base, as `load_base` does it, with what this objective reads from it on top."""
-        return load_base(model, **options)
+        return load_base(model, head=self.head(self.section, self.data.labels), **options)
 
     def begin(self, model: Any, *, method: Method, stores: Sequence[TokenStore], figures: Figures) -> None:
         """Called once the model is built and before its weights change, be it by learning or by a checkpoint.
@@ -151,6 +157,10 @@ class Objective(ABC):
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts back what `tensors` gave, from all that a checkpoint holds."""
         return
+
+    def details(self, observed: np.ndarray) -> dict[str, Any]:
+        """More than scores, as plain data for the report: figures of each label, say."""
+        return {}
 
 
 def joined(parts: Sequence[np.ndarray]) -> np.ndarray:

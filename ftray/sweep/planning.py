@@ -20,7 +20,7 @@ from ftray.sweep.solo import LOSSES
 from ftray.sweep.trial import Task
 from ftray.train import memory, resolve
 from ftray.train.group import for_workers
-from ftray.train.known import Known
+from ftray.train.known import Known, check_method
 from ftray.train.launch import CheckResult, work_out
 from ftray.train.layout import Node
 from ftray.train.worker import Job
@@ -96,14 +96,15 @@ class Planner:
 
     def check(self) -> None:
         """Lay out the corners of the space. ConfigError with every value that the base or the budget does not allow."""
-        from ftray.models import adapt, chain, load
+        from ftray.models import chain
+        from ftray.models.load import load_config
 
         problems: dict[str, str] = {}
         times: list[float] = []
         for values in corners(self.sweep):
             try:
                 run = chain.here(run_of(self.sweep, values), self.storage)
-                adapt.check_method(load.load_config(run.model), run.method)
+                check_method(run, load_config(run.model))
                 planned = self.plan(values)
             except ModelError as error:
                 key, _, text = str(error).partition(": ")

@@ -74,8 +74,8 @@ def init_distributed(device: str) -> None:
 
 def build_optimizer(named: dict[str, torch.nn.Parameter], *, optim: Optim, lr: float, layout: Layout):
     """AdamW over the trained parameters; matrices are decayed, norms and biases are not."""
-    decayed = [p for n, p in named.items() if not n.endswith(NO_DECAY)]
-    plain = [p for n, p in named.items() if n.endswith(NO_DECAY)]
+    decayed = [p for n, p in named.items() if not n.lower().endswith(NO_DECAY)]
+    plain = [p for n, p in named.items() if n.lower().endswith(NO_DECAY)]
     if not optim.weight_decay:
         decayed, plain = decayed + plain, []
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}]

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftray.config.methods import PROMPTS
 from ftray.config.schema import Model, Run, Source
 from ftray.data import sources
 from ftray.data.prepare import Prepared, prepare
-from ftray.errors import ConfigError, ModelError
+from ftray.errors import ConfigError, DataError, ModelError
+from ftray.models.encoder import is_encoder, positions_of
+from ftray.models.heads import Head
 from ftray.models.load import Shape
 from ftray.store.paths import Storage
 from ftray.train import cluster
@@ -23,13 +26,15 @@ SMALL_BYTES = 64 * 2**20  # below that, tokenising here is quicker than shipping
 
 @dataclass(frozen=True)
 class Known:
-    """`base` is its fingerprint; `packs`: it keeps packed examples apart; `beside`: weights of a model beside it;
-    `lineage`: the versions that the base is made of."""
+    """`base` is its fingerprint; `packs`: it keeps packed examples apart; `head`: what it reads under, if it does;
+    `beside`: weights of a model beside it; `lineage`: the versions that the base is made of."""
 
     base: str
     shape: Shape
     packs: bool
     data: Prepared
+    head: Head | None = None
+    encoder: bool = False
     beside: int = 0
     lineage: tuple[dict[str, str], ...] = ()
 
@@ -37,13 +42,13 @@ class Known:
     def of(cls, run: Run, storage: Storage, *, ray_ready: Callable[[], None] | None = None) -> Known:
         """Read, check and prepare. With `ray_ready`, which waits for the cluster, its CPUs tokenise large data."""
         from ftray.evaluate.suites import check_labels
-        from ftray.models import adapt, attention, chain, load
+        from ftray.models import attention, chain, load
         from ftray.objectives import OBJECTIVES
 
         run = chain.here(run, storage)
         config = load.load_config(run.model)
         tokenizer = load.load_tokenizer(run.model)
-        adapt.check_method(config, run.method, tokenizer)
+        check_method(run, config, tokenizer)
         beside = OBJECTIVES[run.objective.kind].beside(run.objective)
         other = _checked_beside(beside, tokenizer) if beside else None
         large = ray_ready is not None and _bytes(run.data.sources) > SMALL_BYTES
@@ -63,14 +68,42 @@ class Known:
         if run.evaluate.labels:
             check_labels(run.evaluate.labels, [q.answer for q in data.questions], [q.row for q in data.questions])
         _check_baselines(run, data, config)
-        every = [load.meta_model(one) for one in (config, other) if one is not None]
+        head = OBJECTIVES[run.objective.kind].head(run.objective, data.labels)
+        if head is not None:
+            virtual = run.method.tokens if isinstance(run.method, PROMPTS) else 0
+            check_lengths(load.meta_model(config, head=head), data, virtual=virtual)
+        every = [load.meta_model(one) for one in (config, other) if one is not None] if head is None else []
         return cls(
             base=load.fingerprint(run.model),
-            shape=Shape.from_config(config),
-            packs=all(map(attention.supports_packing, every)),
+            shape=Shape.from_config(config, head=head),
+            packs=head is None and all(map(attention.supports_packing, every)),
             data=data,
+            head=head,
+            encoder=is_encoder(config),
             beside=Shape.from_config(other).parameters if other is not None else 0,
             lineage=tuple(chain.lineage(run.model, storage)),
+        )
+
+
+def check_method(run: Run, config: Any, tokenizer: Any = None) -> None:
+    """ModelError where the run's method does not fit its base, with whatever head its objective needs."""
+    from ftray.models import adapt
+    from ftray.objectives import OBJECTIVES
+
+    head = OBJECTIVES[run.objective.kind].head(run.objective, ("0", "1"))  # how many labels does not matter here
+    adapt.check_method(config, run.method, tokenizer, head=head)
+
+
+def check_lengths(model: Any, data: Prepared, *, virtual: int = 0) -> None:
+    """DataError where an encoder has no position for the end of the longest text, `virtual` tokens before it."""
+    if not is_encoder(model.config):
+        return
+    positions = positions_of(model)
+    longest = max(int(store.lengths.max()) for store in (data.train, data.eval) if len(store))
+    if longest + virtual > positions:
+        raise DataError(
+            f"data.max_length: the longest text has {longest} tokens, and the base reads {positions - virtual}; "
+            f"use data.max_length: {positions - virtual}"
         )
 
 

@@ -182,7 +182,7 @@ def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
     layout = resolve.lay_out(run, nodes=nodes, shape=known.shape, packs=known.packs, beside=known.beside)
     lr = run.optim.lr
     if lr == "auto":
-        lr = run.objective.pace * default_lr(run.method, known.shape.parameters)
+        lr = run.objective.pace * default_lr(run.method, known.shape.parameters, head=known.head is not None)
     store = known.data.train
     schedule = course(
         run.optim,

@@ -39,10 +39,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Measured:
+    """`details`: what the objective says beside the scores, plain data."""
+
     scores: Scores
     answers: list[Answer]
     baselines: dict[int, Scores] = field(default_factory=dict)
     """Of the base alone: what its answers score with so many training examples before each question."""
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Meter:
@@ -82,8 +85,9 @@ class Meter:
         answers = self._answers(self.questions, given) if given else []
         expected = [answer for answer in answers if answer.expected]
         general = self._general() if self.objective.writes and self.evaluate.forgetting else {}
+        observed = joined(list(by_task.values()))
         scores = score(
-            self.objective.scores(joined(list(by_task.values()))),
+            self.objective.scores(observed),
             by_task={task: self.objective.scores(observed) for task, observed in by_task.items()},
             predictions=[a.given for a in expected],
             answers=[a.expected for a in expected],
@@ -91,7 +95,7 @@ class Meter:
             labels=self.evaluate.labels,
             general_loss=general.get("loss"),
         )
-        return Measured(scores, answers)
+        return Measured(scores, answers, details=self.objective.details(observed))
 
     def base(self) -> Measured:
         """`full`, and the rivals of training that `evaluate.baselines` names. For the model before it is trained."""

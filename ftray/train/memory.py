@@ -8,7 +8,7 @@ al. 2022, arXiv 2205.05198, section 4), counted anew for Llama-like blocks as tr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ftray.config.methods import (
@@ -79,9 +79,24 @@ class Learning:
 
 
 def learning(shape: Shape, method: Method) -> Learning:
-    """What a method trains of a base of this shape. Exact but for freeze, which spreads norms over the blocks."""
-    head = 0 if shape.tied else shape.embedding_params
-    others = max(0, shape.parameters - shape.embedding_params - head - shape.linear_params)
+    """What a method trains of a base of this shape. Exact but for freeze, which spreads norms over the blocks.
+
+    A head that reads learns with every method; adapters put a copy of it beside the base.
+    """
+    learns = _learning(shape, method)
+    if not shape.head_params or isinstance(method, Full):
+        return learns
+    return replace(
+        learns,
+        params=learns.params + shape.head_params,
+        added=learns.added + shape.head_params * is_adapter(method),
+        matrices=learns.matrices + shape.head_params,
+    )
+
+
+def _learning(shape: Shape, method: Method) -> Learning:
+    head = 0 if shape.tied or shape.head_params else shape.embedding_params
+    others = max(0, shape.parameters - shape.embedding_params - head - shape.linear_params - shape.head_params)
     if isinstance(method, Full):
         matrices = shape.linear_params + shape.embedding_params
         return _over(shape.linears, shape.parameters, 0, matrices, shape.layers)
@@ -101,10 +116,7 @@ def learning(shape: Shape, method: Method) -> Learning:
 
 def _adapting(shape: Shape, method: Method) -> Learning:
     """PEFT's other methods, and bottlenecks: parameters layer by layer, as each lays them out."""
-    from ftray.models.layers import ATTENTION_OUT, KEYS_AND_VALUES, MLP_OUT
-
-    def ends(name: str, table: tuple[str, ...]) -> bool:
-        return _is_named(name, list(table))
+    from ftray.models.layers import is_attention_out, is_keys_or_values, is_mlp_out
 
     hidden, layers = shape.hidden_size, dict(shape.linears)
     named: Any = getattr(method, "targets", "auto")
@@ -112,12 +124,14 @@ def _adapting(shape: Shape, method: Method) -> Learning:
         layers = {name: both for name, both in layers.items() if _is_named(name, named)}
     if isinstance(method, Ia3):
         if named == "auto":
-            layers = {name: both for name, both in layers.items() if ends(name, (*KEYS_AND_VALUES, *MLP_OUT))}
-        params = sum(i if ends(name, MLP_OUT) else o for name, (i, o) in layers.items())
+            layers = {name: both for name, both in layers.items() if is_keys_or_values(name) or is_mlp_out(name)}
+        params = sum(i if is_mlp_out(name) else o for name, (i, o) in layers.items())
     elif isinstance(method, Bottleneck):
         if named == "auto":
-            both_ends = ATTENTION_OUT + MLP_OUT if method.placement == "houlsby" else MLP_OUT
-            layers = {name: both for name, both in layers.items() if ends(name, both_ends)}
+            houlsby = method.placement == "houlsby"
+            layers = {
+                name: both for name, both in layers.items() if is_mlp_out(name) or (houlsby and is_attention_out(name))
+            }
         places = len(layers) or len(named) * shape.layers
         params = places * (2 * hidden * method.size + method.size + hidden)
     elif isinstance(method, AdaLora):
@@ -250,7 +264,8 @@ def predict(shape: Shape, *, method: Method, layout: Layout, optimizer: str, max
     activations = tokens * _activations(shape, learns, method, layout, max_length)
     if isinstance(method, Lora) and method.dora:
         activations += width * learns.weights / (shape.layers if layout.gradient_checkpointing else 1)
-    logits = 12 * tokens * shape.vocab_size  # fp32: log-probabilities, and the gradients into and out of them
+    # fp32: log-probabilities, and the gradients into and out of them; a head that reads has a few a text
+    logits = 0 if shape.head_params else 12 * tokens * shape.vocab_size
     step = fp32_gradients if layout.zero else 4 * min(BUCKET, learns.params) * (layout.workers > 1)
     overhead += max(0, step - activations - logits)
     weights += width * layout.beside

@@ -136,7 +136,7 @@ def step_seconds(shape: Shape, *, method: Method, layout: Layout, tokens: int, d
     2N more where checkpointing computes blocks again. Attention scores are left out: small at usual lengths.
     """
     learns = learning(shape, method)
-    head = shape.embedding_params
+    head = shape.head_params or shape.embedding_params  # as large as the table, where the model writes
     flowing = head + shape.linear_params * learns.depth / shape.layers
     flops = 2 * (shape.linear_params + head) + 2 * flowing + 2 * learns.matrices
     if is_adapter(method):

@@ -13,7 +13,7 @@ from typing import Any
 from ftray.config.schema import Run
 from ftray.evaluate.compare import Comparison, Scores, compare
 from ftray.evaluate.report import write_report
-from ftray.models.adapt import servability
+from ftray.models.adapt import reader_servability, servability
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
@@ -49,7 +49,7 @@ def write_comparison(
     comparison = _comparison(run, storage, folder).to_json()
     metrics = folder.metrics()
     state = folder.state()
-    shown = ("base", "base_fingerprint", "servability", "ranks", "created", "seed", "packages")
+    shown = ("base", "base_fingerprint", "servability", "task", "ranks", "created", "seed", "packages")
     card = {key: version.card[key] for key in shown if key in version.card}
     if "ranks" in card:
         card["ranks"] = _by_part(card["ranks"])
@@ -65,6 +65,7 @@ def write_comparison(
             samples=_samples(before["answers"], after["answers"], run.evaluate.samples),
             plan={**checked.settings, **checked.plan.to_json()},
             card=card,
+            details={"base": before.get("details", {}), "tuned": after.get("details", {})},
         )
         storage.upload(Path(temp), key)
     return storage.uri(f"{key}/report.html"), comparison
@@ -85,6 +86,11 @@ def _comparison(run: Run, storage: Storage, folder: RunFolder) -> Comparison:
 
 
 def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
+    served = servability(run.method)
+    reads: dict[str, Any] = {}
+    if run.objective.reads:
+        served = reader_servability(run.method, encoder=known.encoder)
+        reads = {"task": known.head.task, "labels": list(known.head.labels), "scoring": known.head.scoring}
     return {
         "run": run.name,
         "base": run.model.base,
@@ -93,7 +99,7 @@ def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
         **({"lineage": list(known.lineage)} if known.lineage else {}),
         "method": run.method.model_dump(mode="json"),
         "objective": run.objective.model_dump(mode="json"),
-        "servability": servability(run.method),
+        "servability": served,
         "data": {"digest": known.data.report.digest, "sources": [source.path for source in run.data.sources]},
         "seed": run.seed,
         "steps": checked.schedule.steps,
@@ -103,6 +109,7 @@ def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
         "forgetting": comparison.forgetting,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": {name: installed(name) for name in PACKAGES},
+        **reads,
     }
 
 

@@ -33,7 +33,7 @@ class RankBudget:
         """
         total = []
         for name, parameter in self.named.items():
-            if ".lora_E." in name:
+            if ".lora_A." not in name and ".lora_B." not in name:
                 continue
             gram = parameter @ parameter.T if ".lora_A." in name else parameter.T @ parameter
             total.append(torch.linalg.matrix_norm(gram.float() - torch.eye(len(gram), device=gram.device)))

@@ -162,7 +162,8 @@ class Worker:
 
     def _another_base(self):
         from ftray.config.schema import Full
-        from ftray.models.load import load_base, without_zero3
+        from ftray.models.load import load_base
+        from ftray.models.sharded import without_zero3
 
         with without_zero3():
             base = load_base(self.run.model, method=Full(), dtype=self.dtype, attention=self.layout.attention)
@@ -192,7 +193,7 @@ class Worker:
 
             self._zero3 = HfDeepSpeedConfig(deepspeed_config(layout=layout, optim=run.optim, dtype=self.dtype))
         model, self.tokenizer = self._base()
-        if not self.tokenizer.chat_template:
+        if self.objective.writes and not self.tokenizer.chat_template:
             self.tokenizer.chat_template = plain_template(self.tokenizer)
         if layout.zero != 3 and not getattr(run.method, "bits", None):
             model.to(self.device)
@@ -465,7 +466,7 @@ class Worker:
     def _keep(self, name: str, measured) -> None:
         if self.rank == 0:
             answers = [asdict(answer) for answer in measured.answers]
-            row = {"scores": measured.scores.to_json(), "answers": answers}
+            row = {"scores": measured.scores.to_json(), "answers": answers, "details": measured.details}
             if measured.baselines:
                 row["baselines"] = {count: scores.to_json() for count, scores in measured.baselines.items()}
             self.storage.write_json(f"{self.folder.key}/{name}", row)

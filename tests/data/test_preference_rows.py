@@ -130,7 +130,7 @@ def test_rows_that_an_objective_cannot_compare_are_an_error(row, objective, said
 
 
 def test_pairs_are_not_read_by_an_objective_that_compares_nothing():
-    with pytest.raises(DataError, match="format pairs is for objectives that compare answers, not for sft"):
+    with pytest.raises(DataError, match="format pairs is not for sft, which learns from whole answers"):
         layout({"prompt": "a", "chosen": "b", "rejected": "c"}, objective="sft", format="pairs")
 
 

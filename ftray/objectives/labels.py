@@ -1,0 +1,135 @@
+"""Labels of texts, and numbers for them: classification and regression, over a base under a head that reads.
+
+Axes: B examples, T tokens of the longest, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ftray.config.objectives import Classification
+from ftray.data.labelled import SECOND, TARGET
+from ftray.data.tokens import TokenStore
+from ftray.models.adapt import unwrap
+from ftray.models.heads import Head
+from ftray.objectives import label_scores
+from ftray.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right. A batch of none holds one text with weight 0, so that collectives stay in step."""
+
+    input_ids: torch.Tensor  # [B, T]; 0 where there is padding
+    attention_mask: torch.Tensor  # [B, T]
+    second: torch.Tensor  # [B] the token with which the second text begins; 0 where there is none
+    targets: torch.Tensor  # [B] the label or number, [B, L] 0 or 1 for each of several labels
+    weight: float
+    rows: tuple[int, ...]
+
+
+class Labels(Objective):
+    """Counted in examples; observed: logits and the label [B, L + 1], logits and each label [B, 2 L], numbers [B, 2].
+
+    The loss of an example, in nats: cross-entropy -log p(label) over the softmax; of several labels the mean over them
+    of the binary cross-entropy; of a number the squared error. `class_weights: balanced` multiplies the first by
+    n / (L n_c) for label c of n_c among n training rows, and in the second what a label's presence costs by
+    (n - n_c) / n_c.
+    """
+
+    writes = False
+
+    @classmethod
+    def head(cls, section: Any, labels: Sequence[str]) -> Head:
+        if not isinstance(section, Classification):
+            return Head("SEQ_CLS", ("value",), "value")
+        return Head("SEQ_CLS", tuple(labels), "each" if section.multi_label else "one")
+
+    def count(self, store: TokenStore, rows: np.ndarray) -> int:
+        return len(rows)
+
+    def batch(self, store: TokenStore, rows: np.ndarray, *, spare: int) -> Batch:
+        chosen = [int(row) for row in rows] or [spare]
+        ids = [store.ids(row) for row in chosen]
+        input_ids = np.zeros((len(ids), max(map(len, ids))), np.int64)
+        mask = np.zeros(input_ids.shape, np.int64)
+        for b, example in enumerate(ids):
+            input_ids[b, : len(example)], mask[b, : len(example)] = example, 1
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy(mask),
+            second=torch.from_numpy(store.column(SECOND)[chosen].astype(np.int64)),
+            targets=torch.from_numpy(np.array(store.column(TARGET)[chosen])),
+            weight=float(len(rows) > 0),
+            rows=tuple(int(row) for row in rows),
+        )
+
+    def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
+        logits_BL = logits(model, batch)
+        return batch.weight * losses(logits_BL, batch.targets, self._head.scoring, self._balance).sum()
+
+    @torch.no_grad()
+    def observe(self, model: Any, batch: Batch) -> np.ndarray:
+        targets = batch.targets.reshape(len(batch.targets), -1).double()
+        observed = torch.cat([logits(model, batch).double().cpu(), targets], 1).numpy()
+        return observed[: len(batch.rows)]
+
+    def scores(self, observed: np.ndarray) -> dict[str, float]:
+        return label_scores.scores(observed, self._head.scoring)
+
+    def details(self, observed: np.ndarray) -> dict[str, Any]:
+        return label_scores.details(observed, self._head)
+
+    @cached_property
+    def _head(self) -> Head:
+        return self.head(self.section, self.data.labels)
+
+    @cached_property
+    def _balance(self) -> torch.Tensor | None:
+        """[L] weights; None where labels count as they come."""
+        if getattr(self.section, "class_weights", "none") == "none":
+            return None
+        column = np.asarray(self.data.train.column(TARGET))
+        number = len(column)
+        if self._head.scoring == "each":
+            counts = np.maximum(column.sum(0, dtype=np.float64), 1)
+            return torch.from_numpy((number - counts).clip(1) / counts).float()
+        counts = np.maximum(np.bincount(column, minlength=len(self.data.labels)), 1)
+        return torch.from_numpy(number / (len(counts) * counts)).float()
+
+
+def logits(model: Any, batch: Batch) -> torch.Tensor:
+    """[B, L] in fp32."""
+    device = next(model.parameters()).device
+    more = {}
+    if bool(batch.second.any()) and getattr(unwrap(model).config, "type_vocab_size", 0) > 1:
+        positions_T = torch.arange(batch.input_ids.shape[1])
+        in_second = (batch.second[:, None] > 0) & (positions_T >= batch.second[:, None])
+        more["token_type_ids"] = (in_second & batch.attention_mask.bool()).long().to(device)
+    mask = batch.attention_mask.to(device)
+    # a causal base finds the text's end, and RoBERTa its positions, by this id and not by the mask
+    padding = unwrap(model).config.get_text_config().pad_token_id or 0
+    input_ids = batch.input_ids.to(device).masked_fill(mask == 0, padding)
+    return model(input_ids=input_ids, attention_mask=mask, **more).logits.float()
+
+
+def losses(
+    logits_BL: torch.Tensor, targets: torch.Tensor, scoring: str, balance_L: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B] each example's loss."""
+    targets = targets.to(logits_BL.device)
+    balance_L = balance_L if balance_L is None else balance_L.to(logits_BL.device)
+    if scoring == "value":
+        return (logits_BL[:, 0] - targets.float()).square()
+    if scoring == "each":
+        each_BL = F.binary_cross_entropy_with_logits(logits_BL, targets.float(), pos_weight=balance_L, reduction="none")
+        return each_BL.mean(1)
+    nats_B = F.cross_entropy(logits_BL, targets.long(), reduction="none")
+    return nats_B if balance_L is None else nats_B * balance_L[targets.long()]
