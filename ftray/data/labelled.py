@@ -227,11 +227,11 @@ class LabelEncoder(Encoder):
 def near_names(labels: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Pairs of names that are one word misspelt, or written in two ways, as far as anyone can tell."""
     for one, other in combinations(labels[:COMPARED], 2):
-        plain = [_letters(one), _letters(other)]
-        if min(map(len, plain)) < 4 or abs(len(plain[0]) - len(plain[1])) > 2:
+        first, second = _letters(one), _letters(other)
+        if min(len(first), len(second)) < 4 or abs(len(first) - len(second)) > 2:
             continue
-        matcher = difflib.SequenceMatcher(None, plain[0], plain[1], autojunk=False)
-        if plain[0] == plain[1] or (matcher.real_quick_ratio() >= NEAR and matcher.ratio() >= NEAR):
+        matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
+        if first == second or (matcher.real_quick_ratio() >= NEAR and matcher.ratio() >= NEAR):
             yield one, other
 
 
