@@ -140,8 +140,9 @@ class Encoder:
         self._add_questions(encoded, prompts)
         return encoded
 
-    def check(self, train: TokenStore) -> None:
-        """Raises DataError where an objective cannot learn from what is left to train on."""
+    def check(self, train: TokenStore) -> list[str]:
+        """Notes on what is left to train on. Raises DataError where an objective cannot learn from it."""
+        return []
 
     def preview(self, store: TokenStore, row: int) -> str:
         """An example as people read it, with the trained tokens marked."""

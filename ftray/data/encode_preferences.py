@@ -120,14 +120,20 @@ class JudgedEncoder(AnswerEncoder):
     def _columns(self, kept):
         return {"good": np.array([bool(item.example.good) for item, _ in kept], np.int8)}
 
-    def check(self, train: TokenStore) -> None:
+    def check(self, train: TokenStore) -> list[str]:
         good = int(train.column("good").sum())
-        if good in (0, len(train)):
+        bad = len(train) - good
+        if not good or not bad:
             kind = "good" if good else "bad"
             raise DataError(
                 f"all {len(train):,} answers to learn from are {kind}, and kto learns from both; add the others, name "
                 "the right column with columns: {label: …}, or use sft for good ones alone"
             )
+        more, fewer, weight = (good, bad, "undesirable") if good > bad else (bad, good, "desirable")
+        if more <= 4 / 3 * fewer:
+            return []
+        counts = f"{good:,} good and {bad:,} bad answers"
+        return [f"note: {counts}; they weigh alike with objective.{weight}_weight: {more / fewer:.2g}"]
 
     def preview(self, store: TokenStore, row: int) -> str:
         return f"{'good' if store.column('good')[row] else 'bad'}: {super().preview(store, row)}"

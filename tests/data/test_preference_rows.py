@@ -246,6 +246,14 @@ def test_labels_that_are_all_alike_are_an_error(write, prepared, label):
         prepared(write("a.jsonl", rows), objective=Kto())
 
 
+def test_labels_of_which_one_is_rare_are_told_with_the_weight_that_balances_them(write, prepared):
+    rows = [{**row, "label": n % 4 > 0} for n, row in enumerate(JUDGED)]
+    told = [note for note in prepared(write("a.jsonl", rows), objective=Kto()).report.notes if "good" in note]
+    assert told == ["note: 15 good and 5 bad answers; they weigh alike with objective.undesirable_weight: 3"]
+    even = prepared(write("b.jsonl", JUDGED), objective=Kto())
+    assert not [note for note in even.report.notes if "good" in note]
+
+
 def test_an_encoder_of_pairs_pickles_with_its_options(tokenizer):
     encoder = pickle.loads(pickle.dumps(PairEncoder(tokenizer, objective="dpo", max_length=77, too_long="drop")))
     assert (type(encoder), encoder.objective, encoder.max_length, encoder.too_long) == (PairEncoder, "dpo", 77, "drop")
