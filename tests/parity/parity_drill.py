@@ -269,6 +269,7 @@ def train(variant: Variant, folder: Path) -> Curve:
         objective=objective,
         held_out=store,
         questions=[],
+        baselines={},
         evaluate=Evaluate(generate_rows=0),
         layout=layout,
         max_length=LONGEST,
