@@ -198,3 +198,14 @@ def test_an_adapter_names_the_version_that_it_was_trained_on(storage, first, tmp
     config = storage.read_json(f"{second.key}/adapter_config.json")
     assert config["base_model_name_or_path"] == "adapters:first@v1"
     assert load_file(tmp_path / "two" / "adapter_model.safetensors")
+
+
+def test_a_card_and_the_terminal_tell_the_chain(storage, base, first, tmp_path, capsys):
+    from ftray.cli import main
+
+    second = published(storage, "second", Model(base="adapters:first@v1"), tmp_path / "two")
+    assert second.card["base"] == "adapters:first@v1"
+    assert main(["adapters", "show", "second", "--storage", storage.root]) == 0
+    assert f"{base.base} → first@v1 → second@v1" in capsys.readouterr().out
+    assert main(["adapters", "export", "second", "--out", str(tmp_path / "plain"), "--storage", storage.root]) == 0
+    assert (tmp_path / "plain" / "base" / "model.safetensors").is_file()  # only ftray could find it otherwise
