@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", str_strip_whitespace=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @classmethod
+    def kept(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What was written down of one, as it would be written today: keys that it did not know yet have defaults."""
+        try:
+            return cls.model_validate(values).model_dump(mode="json")
+        except ValidationError:  # a key of then means nothing today: it differs from whatever is asked
+            return dict(values)

@@ -316,7 +316,7 @@ def _refuse_other(asked: Sweep, folder: SweepFolder) -> None:
     before = folder.resolved()
     if before is None:
         return
-    old, new = before["sweep"], asked.model_dump(mode="json")
+    old, new = Sweep.kept(before["sweep"]), asked.model_dump(mode="json")
     changed = [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
     if changed:
         problems = [(key, "is not what this sweep was begun with") for key in changed]

@@ -238,7 +238,7 @@ def _finished(run: Run, folder: RunFolder, began: float) -> Outcome | None:
     if before is None:
         return None
     mine = run.model_dump(mode="json")
-    if changed := _differences(before["run"], mine):
+    if changed := _differences(Run.kept(before["run"]), mine):
         problems = [(key, f"was {old!r}, now {new!r}") for key, old, new in changed]
         way_out = f"run {run.name} was begun with other settings; `--fresh` starts it over, another name keeps both"
         raise ConfigError(run.name, [*problems, ("", way_out)])
