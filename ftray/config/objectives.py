@@ -25,6 +25,15 @@ class ObjectiveSection(Section):
     reads: ClassVar[bool] = False
     kind: str
 
+    @property
+    def per_row(self) -> int:
+        """Examples that a row becomes."""
+        return 1
+
+    def tokens(self, length: float) -> float:
+        """Tokens that pass through the model for a row of so many, counted as training passes."""
+        return length
+
 
 class Sft(ObjectiveSection):
     decides: ClassVar[frozenset[str]] = frozenset({"kind", "train_on"})
@@ -113,6 +122,14 @@ class Reinforcement(ObjectiveSection):
     def updates(self) -> int:
         """Optimiser updates of a step."""
         return self.epochs * self.minibatches
+
+    @property
+    def per_row(self) -> int:
+        return self.samples
+
+    def tokens(self, length: float) -> float:
+        """Sampling, and what policy and base say before the first update, take about as long as an epoch."""
+        return self.samples * (self.epochs + 1) * (length + self.max_new_tokens)
 
 
 class Grpo(Reinforcement):

@@ -6,6 +6,7 @@ descriptions as comments. `"auto"` values are resolved before a run starts, prin
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -338,16 +339,18 @@ def _disagreements(run: Run):
     optim, scale, method = run.optim, run.scale, run.method
     if run.model.version and run.model.revision:
         yield f"model.revision: is of the Hub; say the version in the base, {VERSION}{run.model.version}"
+    examples = optim.batch_size * run.objective.per_row
     if isinstance(scale.workers, tuple):
         if optim.batch_size < scale.most:
             yield f"optim.batch_size: {optim.batch_size} examples are fewer than {scale.most} workers; try {scale.most}"
     elif optim.batch_size % scale.workers:
         fit = max(scale.workers, round(optim.batch_size / scale.workers) * scale.workers)
         yield f"optim.batch_size: {optim.batch_size} does not divide over {scale.workers} workers; try {fit}"
-    elif optim.micro_batch_size != "auto" and optim.batch_size % (optim.micro_batch_size * scale.workers):
+    elif optim.micro_batch_size != "auto" and examples % (optim.micro_batch_size * scale.workers):
         window = optim.micro_batch_size * scale.workers
-        fit = max(window, round(optim.batch_size / window) * window)
-        wrong = f"{optim.batch_size} is not a multiple of micro_batch_size x workers = {window}"
+        rows = window // math.gcd(window, run.objective.per_row)
+        fit = max(rows, round(optim.batch_size / rows) * rows)
+        wrong = f"{examples} is not a multiple of micro_batch_size x workers = {window}"
         yield f"optim.batch_size: {wrong}; try {fit}"
     if optim.optimizer != "adamw" and scale.zero not in (0, "auto"):
         yield f"scale.zero: optimizer {optim.optimizer} is not sharded; use zero: 0, or optimizer: adamw"

@@ -113,7 +113,7 @@ class Solo(Worker):
         engine = getattr(self, "engine", None)
         if engine is not None:
             engine.destroy()
-        for name in ("engine", "model", "named", "meter", "keeper"):
+        for name in ("engine", "model", "learnt", "named", "meter", "keeper", "objective"):
             self.__dict__.pop(name, None)
         gc.collect()
 

@@ -193,7 +193,7 @@ def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
         eval_every=run.evaluate.every,
         log_every=run.track.log_every,
     )
-    tokens = round(store.tokens / max(1, len(store)) * run.optim.batch_size)
+    tokens = round(run.objective.tokens(store.tokens / max(1, len(store))) * run.optim.batch_size)
     predicted = plan.make(
         known.shape,
         method=run.method,

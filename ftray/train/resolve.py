@@ -117,7 +117,7 @@ def _zero(run: Run, layout: Layout, shape: Shape, memory: int) -> int:
 
 def _sized(run: Run, layout: Layout, shape: Shape, memory: int, method: Method) -> Layout:
     """Micro-batch size and gradient checkpointing: the largest that is predicted to fit; on CPUs what caches like."""
-    each = -(-run.optim.batch_size // layout.workers)
+    each = -(-run.optim.batch_size * run.objective.per_row // layout.workers)
     micro, checkpointing = run.optim.micro_batch_size, run.scale.gradient_checkpointing
     if isinstance(method, Prefix):
         checkpointing = False  # its keys and values are a cache, which recomputing a block would fill again
