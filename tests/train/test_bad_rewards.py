@@ -83,7 +83,20 @@ def test_an_answer_that_leaves_no_room_for_its_prompt(refused):
     assert "objective.max_new_tokens: 1024 leave no room for a prompt" in said
 
 
-def test_a_method_that_changes_the_base(tmp_path):
+def test_a_micro_batch_counts_answers():
+    run = {
+        "name": "good",
+        "data": {"sources": "rows.jsonl"},
+        "objective": {"kind": "grpo", "samples": 8, "rewards": [{"kind": "numeric"}]},
+        "optim": {"batch_size": 4, "micro_batch_size": 16},
+    }
+    assert run_from(run).optim.micro_batch_size == 16
+    run["optim"] = {"batch_size": 4, "micro_batch_size": 12}
+    with pytest.raises(ConfigError, match=r"32 is not a multiple of micro_batch_size x workers = 12; try 3"):
+        run_from(run)
+
+
+def test_a_method_that_changes_the_base():
     with pytest.raises(ConfigError, match=r"method.init: pissa changes the base, which ppo compares with"):
         run_from(
             {
