@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import rollout_drill
+import run_drill
 
 from tests.models.conftest import write_base
 
@@ -18,6 +18,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rollout_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rollouts")
-    rollout_drill.write_base(folder / "base")
-    rollout_drill.write_rows(folder / "rows.jsonl")
+    run_drill.write_base(folder / "base")
+    run_drill.write_rows(folder / "rows.jsonl")
     return folder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rollout_drill import run_of, stand
+from run_drill import run_of, stand
 
 from ftray.models import generate
 from ftray.models.adapt import trainable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rollout_drill import run_all, run_of
+from run_drill import run_all, run_of
 
 WORD = [{"kind": "regex", "pattern": r"\bw9\b"}]
 KINDS = {

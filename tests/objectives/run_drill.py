@@ -1,4 +1,4 @@
-"""Whole runs of objectives that sample, as workers make them but without Ray: processes, gloo, real engines and files.
+"""Whole runs as workers make them but without Ray: processes, gloo, real engines and files.
 
 The base is a random Llama over 40 words; its tokenizer knows `w0` to `w39`, and everything else is `w0`.
 """
@@ -33,6 +33,7 @@ LIBRARIES = [
     "transformers.models.llama.modeling_llama",
 ]
 EOS = 1
+ASKED = [[3, 9, 12, 30, 4], [8, 8, 21, 5, 17]]
 
 
 def write_base(folder: Path) -> None:
@@ -116,7 +117,7 @@ def _prepare(values: dict[str, Any], workers: int) -> dict[str, Any]:
 
     run = Run.model_validate(_on(values, workers))
     known = Known.of(run, Storage(run.storage))
-    return {"data_key": known.data.key, "base": known.base}
+    return {"data_key": known.data.key, "base": known.base, "packs": known.packs}
 
 
 def _on(values: dict[str, Any], workers: int) -> dict[str, Any]:
@@ -144,6 +145,13 @@ def _worker(rank: int, folder: str, workers: int, runs: list, out: str) -> None:
         Path(out).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _logits(model: Any) -> list:
+    """What the model says of ASKED."""
+    with torch.no_grad():
+        found = model.eval()(input_ids=torch.tensor(ASKED)).logits
+    return found[:, -5:].tolist()
 
 
 def _run(values: dict[str, Any], known: dict[str, Any], workers: int) -> list[dict[str, Any]]:
@@ -174,11 +182,12 @@ def _run(values: dict[str, Any], known: dict[str, Any], workers: int) -> list[di
     )
     job = Job(
         run=run.model_dump(mode="json"),
-        layout=resolve.lay_out(run, nodes=[Node("here", cpus=workers)], shape=shape, packs=True),
+        layout=resolve.lay_out(run, nodes=[Node("here", cpus=workers)], shape=shape, packs=known["packs"]),
         schedule=schedule,
         born="",
         folder=run.name,
-        **known,
+        data_key=known["data_key"],
+        base=known["base"],
     )
     rows: list[dict[str, Any]] = []
 
@@ -212,6 +221,7 @@ def _run(values: dict[str, Any], known: dict[str, Any], workers: int) -> list[di
     for name in ("before", "after"):
         if (measured := worker._kept(f"{name}.json")) is not None:
             rows.append({"kind": name, **measured})
+    rows.append({"kind": "logits", "values": _logits(worker.model)})
     worker.engine.destroy()
     return rows
 
