@@ -192,6 +192,12 @@ def test_equal_texts_fall_on_one_side_and_equal_rows_are_kept_once(prepared, wri
     assert made.report.dropped == {"duplicate": 120}
 
 
+def test_altered_copies_keep_their_label(prepared, write):
+    augment = {"copies": 2, "noise": ["swap"]}
+    made = prepared([{"path": write("a.jsonl", ROWS)}], objective=Classification(), augment=augment)
+    assert [label.train for label in made.report.labels] == [6, 6]
+
+
 def test_a_tokenizer_is_left_as_it_was(prepared, write, tokenizer):
     before = tokenizer.backend_tokenizer.to_str()
     prepared([{"path": write("a.jsonl", ROWS)}], objective=Classification(), max_length=8)
