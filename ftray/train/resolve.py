@@ -13,6 +13,7 @@ from ftray.train import plan
 from ftray.train.layout import Layout, Node
 
 CPU_TOKENS = 4096  # tokens of a micro-batch on CPUs: more gained nothing on two cores
+CPU_PADDED = 8  # examples of one that is padded: neighbours in length, so that less of it is padding
 
 
 def place(scale: Scale, nodes: Sequence[Node]) -> tuple[float, float]:
@@ -122,7 +123,8 @@ def _sized(run: Run, layout: Layout, shape: Shape, memory: int, method: Method) 
     if isinstance(method, Prefix):
         checkpointing = False  # its keys and values are a cache, which recomputing a block would fill again
     if not memory:
-        chosen = min(each, max(1, CPU_TOKENS // run.longest)) if micro == "auto" else micro
+        most = CPU_TOKENS // run.longest if layout.packing else min(CPU_PADDED, CPU_TOKENS // run.longest)
+        chosen = min(each, max(1, most)) if micro == "auto" else micro
         return replace(layout, micro_batch_size=chosen, gradient_checkpointing=checkpointing is True)
     for recompute in (False, True) if checkpointing == "auto" else (checkpointing,):
         tried = replace(layout, gradient_checkpointing=recompute)
