@@ -102,6 +102,19 @@ PREFERENCES = (Dpo, Orpo, Kto)
 """Objectives that compare answers."""
 
 
+class RewardModel(ObjectiveSection):
+    """What an answer is worth, from pairs (arXiv 2203.02155, equation 1), or from answers that are good or bad."""
+
+    sequences: ClassVar[int] = 2
+    reads: ClassVar[bool] = True
+    kind: Literal["reward"] = "reward"
+    center: float = Field(0.0, ge=0, description="of the squared sum of a pair's rewards, which keeps them near 0")
+
+
+COMPARED = (*PREFERENCES, RewardModel)
+"""Objectives that learn from rows of answers to compare."""
+
+
 class Reinforcement(ObjectiveSection):
     """What they share. A step is a window of `optim.batch_size` prompts: sampled, scored, and learnt from in
     epochs x minibatches updates. Prepared data depends on the room that is left for an answer."""
@@ -203,6 +216,6 @@ class Regression(ObjectiveSection):
 
 
 Objective = Annotated[
-    Sft | Pretrain | Distill | Dpo | Orpo | Kto | Grpo | Rloo | Ppo | Classification | Regression,
+    Sft | Pretrain | Distill | Dpo | Orpo | Kto | RewardModel | Grpo | Rloo | Ppo | Classification | Regression,
     Field(discriminator="kind"),
 ]

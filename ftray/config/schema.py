@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, Tokens, shards
 from ftray.config.objectives import (
-    PREFERENCES,
+    COMPARED,
     REINFORCEMENT,
     Classification,
     Dpo,
@@ -393,7 +393,7 @@ def _disagreements(run: Run):
         yield "data.augment.copies: plain text has no prompt to put differently; leave it out"
     if run.objective.kind == "pretrain" and run.data.few_shot:
         yield "data.few_shot: plain text has no prompts to put examples in; leave it out"
-    if isinstance(run.objective, PREFERENCES):
+    if isinstance(run.objective, COMPARED):
         if augment.copies:
             yield f"data.augment.copies: {run.objective.kind} compares answers to one prompt; leave copies out"
         if run.data.few_shot:
@@ -442,11 +442,11 @@ def _disagreements_of_a_reader(run: Run):
         yield f"data.packing: {kind} reads each text in a row of its own; use auto or off"
     if data.few_shot:
         yield f"data.few_shot: {kind} has no prompts to put examples in; leave it out"
-    if data.system:
+    if data.system and kind != "reward":
         yield f"data.system: {kind} reads texts, not conversations; leave it out"
     if data.too_long == "split":
         yield f"data.too_long: {kind} says something of a whole text; use truncate or drop"
     if run.evaluate.labels:
-        yield f"evaluate.labels: is for generated answers; {kind} names its labels in objective.labels"
+        yield f"evaluate.labels: is for generated answers, and {kind} writes none; leave it out"
     if isinstance(run.method, Tokens):
         yield f"method.kind: tokens learns nothing but embeddings, and {kind} has a head to learn; use lora or norms"

@@ -7,14 +7,15 @@ one example of the token store,
     trained         xxxxxx         xxxxxxxx
     column   cut, the number of tokens of the first half
 
-and a judged answer is one whose column `good` is 1 or 0.
+and a judged answer is one whose column `good` is 1 or 0. A reward model learns from both: `cut` is 0 where an answer
+stands alone, `good` is -1 in pairs, and column `margin` is how far apart a pair's rewards shall be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,10 +111,7 @@ class PairEncoder(AnswerEncoder):
         return {"cut": np.array([len(chosen.ids) for _, (chosen, _) in kept], np.int32)}
 
     def preview(self, store: TokenStore, row: int) -> str:
-        ids, trained = store.ids(row), store.trained(row)
-        ends = [0, int(store.column("cut")[row]), len(ids)]
-        chosen, rejected = (marked_text(self.tokenizer, ids[a:b], trained[a:b]) for a, b in pairwise(ends))
-        return f"chosen: {chosen}\nrejected: {rejected}"
+        return _pair_text(self.tokenizer, store, row)
 
 
 class JudgedEncoder(AnswerEncoder):
@@ -139,6 +137,35 @@ class JudgedEncoder(AnswerEncoder):
         return f"{'good' if store.column('good')[row] else 'bad'}: {super().preview(store, row)}"
 
 
+class RewardEncoder(AnswerEncoder):
+    def _columns(self, kept):
+        pairs = [len(sides) == 2 for _, sides in kept]
+        return {
+            "cut": np.array(
+                [len(sides[0].ids) if pair else 0 for (_, sides), pair in zip(kept, pairs, strict=True)], np.int32
+            ),
+            "good": np.array(
+                [-1 if pair else bool(item.example.good) for (item, _), pair in zip(kept, pairs, strict=True)], np.int8
+            ),
+            "margin": np.array([item.example.margin for item, _ in kept], np.float32),
+        }
+
+    def check(self, train: TokenStore) -> list[str]:
+        good = np.asarray(train.column("good"))
+        if len(set(good.tolist()) - {-1}) == 1 and not (good < 0).any():
+            kind = "good" if good[0] else "bad"
+            raise DataError(
+                f"all {len(train):,} answers to learn from are {kind}, and a reward model tells both apart; add the "
+                "others, name the right column with columns: {label: …}, or learn from pairs"
+            )
+        return []
+
+    def preview(self, store: TokenStore, row: int) -> str:
+        if store.column("cut")[row]:
+            return _pair_text(self.tokenizer, store, row)
+        return f"{'good' if store.column('good')[row] else 'bad'}: {super().preview(store, row)}"
+
+
 def answers_of(example: Example) -> list[Example]:
     """The conversations that an example compares, each with only its own answer trained."""
     if not example.rejected:
@@ -153,3 +180,10 @@ def _untrained(messages: list[dict], count: int) -> list[dict]:
         {**message, "weight": 0} if n < count and message["role"] == "assistant" else message
         for n, message in enumerate(messages)
     ]
+
+
+def _pair_text(tokenizer: Any, store: TokenStore, row: int) -> str:
+    ids, trained = store.ids(row), store.trained(row)
+    ends = [0, int(store.column("cut")[row]), len(ids)]
+    chosen, rejected = (marked_text(tokenizer, ids[a:b], trained[a:b]) for a, b in pairwise(ends))
+    return f"chosen: {chosen}\nrejected: {rejected}"

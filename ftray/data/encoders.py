@@ -8,7 +8,7 @@ from typing import Any
 from ftray.config.objectives import ObjectiveSection
 from ftray.config.schema import Data
 from ftray.data.encode import Encoder
-from ftray.data.encode_preferences import JudgedEncoder, PairEncoder
+from ftray.data.encode_preferences import JudgedEncoder, PairEncoder, RewardEncoder
 from ftray.data.labelled import label_encoder
 from ftray.data.prompts import PromptEncoder
 
@@ -36,6 +36,10 @@ def _judged(data: Data, objective: Any, tokenizer: Any) -> Encoder:
     return JudgedEncoder(tokenizer, objective=objective.kind, max_length=data.max_length, too_long=data.too_long)
 
 
+def _compared(data: Data, objective: Any, tokenizer: Any) -> Encoder:
+    return RewardEncoder(tokenizer, objective=objective.kind, max_length=data.max_length, too_long=data.too_long)
+
+
 def _prompts(data: Data, objective: Any, tokenizer: Any) -> Encoder:
     return PromptEncoder(tokenizer, max_length=data.max_length, few_shot=data.few_shot, room=objective.max_new_tokens)
 
@@ -47,6 +51,7 @@ ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {
     "dpo": _pairs,
     "orpo": _pairs,
     "kto": _judged,
+    "reward": _compared,
     "grpo": _prompts,
     "rloo": _prompts,
     "ppo": _prompts,

@@ -6,7 +6,7 @@
     sharegpt           {"conversations": [{"from", "value"}, ...]}
     text               {"text": str}
     pairs              {"prompt", "chosen", "rejected": str or messages, "system"?: str}; without a prompt, chosen and
-                       rejected are conversations, and what both begin with is the prompt
+                       rejected are conversations, and what both begin with is the prompt. For reward, a "margin"
     judged             {"prompt", "completion": str or messages, "label": true/false, 1/0, good/bad, "system"?: str}
     prompt             {"prompt": str or messages}, without an answer: for objectives that sample answers
     labelled           {"text": str, "pair"?: str, "label": str, number or list}; also sentence/category
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,7 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     rejected: list[dict[str, Any]] = field(default_factory=list)
     good: bool | None = None
+    margin: float = 0.0
     pair: str | None = None
     label: Any = None
 
@@ -176,13 +178,26 @@ class Layout:
         chosen, rejected = (self._with_system(read_side(self, row, side), row) for side in ("chosen", "rejected"))
         if chosen == rejected:
             raise Unusable("chosen and rejected are the same")
-        example = Example(chosen, tools=_tools(row.get(self.columns.get("tools", "tools"))), rejected=rejected)
+        tools = _tools(row.get(self.columns.get("tools", "tools")))
+        example = Example(chosen, tools=tools, rejected=rejected, margin=self._margin(row))
         if not example.shared or all(message["role"] == "system" for message in chosen[: example.shared]):
             raise Unusable("chosen and rejected do not answer the same prompt", "their first messages differ")
         for side, messages in (("chosen", chosen), ("rejected", rejected)):
             if not any(message["role"] == "assistant" for message in messages[example.shared :]):
                 raise Unusable(f"{side} has no answer", "no message of the assistant after what both begin with")
         return example
+
+    def _margin(self, row: Mapping[str, Any]) -> float:
+        if "margin" not in self.columns:
+            return 0.0
+        value = self.value(row, "margin")
+        try:
+            margin = float(value)
+        except (TypeError, ValueError):
+            margin = math.nan
+        if not math.isfinite(margin):
+            raise Unusable("a margin is no number", f"{value!r}")
+        return margin
 
     def _label(self, row: Mapping[str, Any]) -> bool:
         label = self.value(row, "label")
@@ -237,12 +252,13 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
             )
     known = {name: name for name in names} | columns
     kind = source.format if source.format != "auto" else _kind(rows, known, columns, objective)
-    if (wanted := LEARNS_FROM.get(objective)) not in (None, kind):
+    if (wanted := LEARNS_FROM.get(objective)) and kind not in wanted:
+        needs = " or ".join(f"{one} rows, which need {NEEDS[one]}" for one in wanted)
         raise DataError(
-            f"{where}objective {objective} learns from {wanted} rows, which need {NEEDS[str(wanted)]}; {_have(names)}. "
+            f"{where}objective {objective} learns from {needs}; {_have(names)}. "
             "Map them with columns, or change the objective"
         )
-    if wanted is None and kind in LEARNS_FROM.values():
+    if wanted is None and any(kind in kinds for kinds in LEARNS_FROM.values()):
         raise DataError(
             f"{where}format {kind} is not for {objective}, which learns from whole answers; leave format out"
         )
@@ -254,6 +270,8 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
     used = _used(kind, known, columns)
     if used is None:
         raise DataError(f"{where}format {kind} needs {NEEDS[kind]}; {_have(names)}. Map them with columns")
+    if objective != "reward":
+        used.pop("margin", None)
     if template:
         used |= _template_columns(template, known, names, where)
         if kind in ("messages", "sharegpt"):
@@ -274,13 +292,14 @@ NEEDS = {
     "labelled": "columns 'text' and 'label'",
 }
 LEARNS_FROM = {
-    "dpo": "pairs",
-    "orpo": "pairs",
-    "kto": "judged",
-    "classification": "labelled",
-    "regression": "labelled",
+    "dpo": ("pairs",),
+    "orpo": ("pairs",),
+    "kto": ("judged",),
+    "reward": ("pairs", "judged"),
+    "classification": ("labelled",),
+    "regression": ("labelled",),
 }
-"""What rows an objective needs; another reads any of the other formats."""
+"""What rows an objective needs, one of these; another reads any of the other formats."""
 SAMPLED = "sampled"
 """For `recognise`: an objective that samples answers, so that rows need none."""
 
@@ -289,7 +308,7 @@ def _kind(
     rows: Sequence[Mapping[str, Any]], known: Mapping[str, str], mapped: Mapping[str, str], objective: str
 ) -> str | None:
     if wanted := LEARNS_FROM.get(objective):
-        return wanted if _used(wanted, known, mapped) else None
+        return next((kind for kind in wanted if _used(kind, known, mapped)), None)
     if "prompt" in mapped and "completion" in mapped:
         return "prompt_completion"
     for name in TURNS:
@@ -337,7 +356,7 @@ def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dic
         "instruction": ("input", "tools"),
         "text": (),
         "labelled": (),
-        "pairs": ("tools", "system"),
+        "pairs": ("tools", "system", "margin"),
         "judged": ("tools", "system"),
     }.get(kind, ("tools",))
     return used and used | {name: known[name] for name in optional if name in known}

@@ -30,10 +30,13 @@ METRICS = {
     "token_accuracy": Metric("Token accuracy", "high", "share", "trained tokens that are the model's first choice"),
     "teacher_kl": Metric("Teacher's divergence", "low", "number", "KL from the teacher, nats per trained token"),
     "reward_accuracy": Metric(
-        "Reward accuracy", "high", "share", "pairs whose chosen answer has the higher implicit reward; a tie is half"
+        "Reward accuracy",
+        "high",
+        "share",
+        "pairs whose chosen answer has the higher reward, or implicit reward; a tie is half",
     ),
     "reward_margin": Metric(
-        "Reward margin", "high", "number", "implicit reward of chosen, or good, answers above others"
+        "Reward margin", "high", "number", "reward, or implicit reward, of chosen or good answers above others"
     ),
     "reward_auc": Metric("Reward AUC", "high", "share", "good answers rewarded above bad ones; a tie is half"),
     "reward": Metric("Reward", "high", "number", "mean reward of greedy answers"),

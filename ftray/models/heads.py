@@ -58,6 +58,10 @@ class Head:
         }
 
 
+REWARD = Head("SEQ_CLS", ("reward",), "value")
+"""What an answer is worth, read at its last token."""
+
+
 def head_of(model: Any) -> Head | None:
     """The head of a loaded model, PEFT's wrapper or not; None where it writes."""
     return getattr(_inner(model), "ftray_head", None)

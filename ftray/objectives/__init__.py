@@ -7,6 +7,7 @@ from ftray.objectives.language import Language
 from ftray.objectives.objective import Objective
 from ftray.objectives.ppo import Ppo
 from ftray.objectives.preferences import Dpo, Kto, Orpo
+from ftray.objectives.reward_model import RewardModel
 from ftray.objectives.rloo import Rloo
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -16,6 +17,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": Dpo,
     "orpo": Orpo,
     "kto": Kto,
+    "reward": RewardModel,
     "grpo": Grpo,
     "rloo": Rloo,
     "ppo": Ppo,

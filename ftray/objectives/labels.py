@@ -24,12 +24,19 @@ from ftray.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Examples padded on the right. A batch of none holds one text with weight 0, so that collectives stay in step."""
+class Texts:
+    """Texts padded on the right."""
 
     input_ids: torch.Tensor  # [B, T]; 0 where there is padding
     attention_mask: torch.Tensor  # [B, T]
     second: torch.Tensor  # [B] the token with which the second text begins; 0 where there is none
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of no examples holds one text with weight 0, so that collectives stay in step."""
+
+    texts: Texts
     targets: torch.Tensor  # [B] the label or number, [B, L] 0 or 1 for each of several labels
     weight: float
     rows: tuple[int, ...]
@@ -57,28 +64,21 @@ class Labels(Objective):
 
     def batch(self, store: TokenStore, rows: np.ndarray, *, spare: int) -> Batch:
         chosen = [int(row) for row in rows] or [spare]
-        ids = [store.ids(row) for row in chosen]
-        input_ids = np.zeros((len(ids), max(map(len, ids))), np.int64)
-        mask = np.zeros(input_ids.shape, np.int64)
-        for b, example in enumerate(ids):
-            input_ids[b, : len(example)], mask[b, : len(example)] = example, 1
         return Batch(
-            input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(mask),
-            second=torch.from_numpy(store.column(SECOND)[chosen].astype(np.int64)),
+            texts=padded([store.ids(row) for row in chosen], store.column(SECOND)[chosen]),
             targets=torch.from_numpy(np.array(store.column(TARGET)[chosen])),
             weight=float(len(rows) > 0),
             rows=tuple(int(row) for row in rows),
         )
 
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits_BL = logits(model, batch)
+        logits_BL = read(model, batch.texts)
         return batch.weight * losses(logits_BL, batch.targets, self._head.scoring, self._balance).sum()
 
     @torch.no_grad()
     def observe(self, model: Any, batch: Batch) -> np.ndarray:
         targets = batch.targets.reshape(len(batch.targets), -1).double()
-        observed = torch.cat([logits(model, batch).double().cpu(), targets], 1).numpy()
+        observed = torch.cat([read(model, batch.texts).double().cpu(), targets], 1).numpy()
         return observed[: len(batch.rows)]
 
     def scores(self, observed: np.ndarray) -> dict[str, float]:
@@ -105,18 +105,27 @@ class Labels(Objective):
         return torch.from_numpy(number / (len(counts) * counts)).float()
 
 
-def logits(model: Any, batch: Batch) -> torch.Tensor:
-    """[B, L] in fp32."""
+def padded(ids: Sequence[np.ndarray], second: np.ndarray | None = None) -> Texts:
+    input_ids = np.zeros((len(ids), max(map(len, ids))), np.int64)
+    mask = np.zeros(input_ids.shape, np.int64)
+    for b, text in enumerate(ids):
+        input_ids[b, : len(text)], mask[b, : len(text)] = text, 1
+    second = np.zeros(len(ids)) if second is None else second
+    return Texts(torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(second.astype(np.int64)))
+
+
+def read(model: Any, texts: Texts) -> torch.Tensor:
+    """[B, L] what the head says of each text, in fp32."""
     device = next(model.parameters()).device
     more = {}
-    if bool(batch.second.any()) and getattr(unwrap(model).config, "type_vocab_size", 0) > 1:
-        positions_T = torch.arange(batch.input_ids.shape[1])
-        in_second = (batch.second[:, None] > 0) & (positions_T >= batch.second[:, None])
-        more["token_type_ids"] = (in_second & batch.attention_mask.bool()).long().to(device)
-    mask = batch.attention_mask.to(device)
+    if bool(texts.second.any()) and getattr(unwrap(model).config, "type_vocab_size", 0) > 1:
+        positions_T = torch.arange(texts.input_ids.shape[1])
+        in_second = (texts.second[:, None] > 0) & (positions_T >= texts.second[:, None])
+        more["token_type_ids"] = (in_second & texts.attention_mask.bool()).long().to(device)
+    mask = texts.attention_mask.to(device)
     # a causal base finds the text's end, and RoBERTa its positions, by this id and not by the mask
     padding = unwrap(model).config.get_text_config().pad_token_id or 0
-    input_ids = batch.input_ids.to(device).masked_fill(mask == 0, padding)
+    input_ids = texts.input_ids.to(device).masked_fill(mask == 0, padding)
     return model(input_ids=input_ids, attention_mask=mask, **more).logits.float()
 
 

@@ -90,6 +90,11 @@ def check_method(run: Run, config: Any, tokenizer: Any = None) -> None:
     from ftray.models import adapt
     from ftray.objectives import OBJECTIVES
 
+    if run.objective.kind == "reward" and is_encoder(config):
+        raise ModelError(
+            f"model.base: {run.model.base} is an encoder, and a reward model reads what a policy writes; "
+            "take the causal model that is to be the policy"
+        )
     head = OBJECTIVES[run.objective.kind].head(run.objective, ("0", "1"))  # how many labels does not matter here
     adapt.check_method(config, run.method, tokenizer, head=head)
 
