@@ -122,7 +122,102 @@ def banking77(data: Path, store: Path) -> Iterator[Setting]:
             )
 
 
-PARTS: dict[str, Callable[[Path, Path], Iterator[Setting]]] = {"banking77": banking77}
+def feedback(data: Path, store: Path) -> Iterator[Setting]:
+    """Human feedback on a coffee bar's agent (arXiv 2403.10704) with builtin:tiny: sft, a reward model on top, and what
+    ppo and kto make of the sft version, scored by the reward model on held-out prompts, with the KL to it.
+    """
+    rows = {
+        "sources": [{"path": str(data / "taskmaster4" / "feedback.train.jsonl")}],
+        "eval_sources": [{"path": str(data / "taskmaster4" / "feedback.test.jsonl")}],
+        "max_length": 384,
+        "clean": {"duplicates": "keep"},
+    }
+    answers = {
+        **rows,
+        **{key: [{**rows[key][0], "format": "prompt_completion"}] for key in ("sources", "eval_sources")},
+    }
+    measured = {"every": 0, "forgetting": False, "generate_rows": 100, "max_new_tokens": 48}
+    judged = {**measured, "judge": "feedback-reward", "gate": ["judge_score > base"]}
+    tuned = {"base": "adapters:feedback-sft"}
+    yield Setting(
+        name="feedback-sft",
+        run={
+            "data": answers,
+            "method": {"kind": "lora", "rank": 16},
+            "optim": {"steps": 120, "batch_size": 16},
+            "evaluate": measured,
+        },
+        metric="loss",
+    )
+    yield Setting(
+        name="feedback-reward",
+        run={
+            "model": tuned,
+            "data": rows,
+            "method": {"kind": "lora", "rank": 16},
+            "objective": {"kind": "reward"},
+            "optim": {"steps": 150, "batch_size": 32},
+            "evaluate": measured,
+        },
+        metric="reward_auc",
+    )
+    yield Setting(
+        name="feedback-ppo",
+        run={
+            "model": tuned,
+            "data": answers,
+            "method": {"kind": "lora", "rank": 16},
+            "objective": {
+                "kind": "ppo",
+                "rewards": [{"kind": "version", "version": "feedback-reward"}],
+                "max_new_tokens": 48,
+                "epochs": 2,
+                "minibatches": 2,
+            },
+            "optim": {"steps": 40, "batch_size": 32, "lr": 2e-4},
+            "evaluate": judged,
+        },
+        metric="judge_score",
+    )
+    yield Setting(
+        name="feedback-kto",
+        run={
+            "model": tuned,
+            "data": rows,
+            "method": {"kind": "lora", "rank": 16},
+            "objective": {"kind": "kto", "undesirable_weight": 6.0},
+            "optim": {"steps": 80, "batch_size": 32, "lr": 5e-4},
+            "evaluate": judged,
+        },
+        metric="judge_score",
+    )
+
+
+def gsm8k(data: Path, store: Path) -> Iterator[Setting]:
+    """Right and wrong solutions of the same grade-school problems (arXiv 2110.14168), with builtin:tiny."""
+    for kind, steps in (("dpo", 60), ("reward", 100)):
+        yield Setting(
+            name=f"gsm8k-{kind}",
+            run={
+                "data": {
+                    "sources": str(data / "gsm8k" / "preferences.train.jsonl"),
+                    "eval_sources": str(data / "gsm8k" / "preferences.test.jsonl"),
+                    "max_length": 512,
+                },
+                "method": {"kind": "lora", "rank": 16},
+                "objective": {"kind": kind},
+                "optim": {"steps": steps, "batch_size": 16},
+                "evaluate": {"every": 0, "forgetting": False, "generate_rows": 0},
+            },
+            metric="reward_accuracy",
+        )
+
+
+PARTS: dict[str, Callable[[Path, Path], Iterator[Setting]]] = {
+    "banking77": banking77,
+    "feedback": feedback,
+    "gsm8k": gsm8k,
+}
 
 
 def few_rows(path: Path, to: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ftray.config.section import Section
+from ftray.config.section import Section, version_ref
 
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 
@@ -101,4 +101,13 @@ class Python(RewardSection):
         return self.function.rpartition(":")[2]
 
 
-Reward = Annotated[ExactMatch | Numeric | Regex | JsonSchema | Length | Python, Field(discriminator="kind")]
+class ByVersion(RewardSection):
+    """What a reward model of the registry says, as it comes: a number without bounds."""
+
+    kind: Literal["version"] = "version"
+    version: str = Field(description="name@v1 of a version with objective reward; name alone: the newest, or prod")
+
+    _names_a_version = field_validator("version")(version_ref)
+
+
+Reward = Annotated[ExactMatch | Numeric | Regex | JsonSchema | Length | Python | ByVersion, Field(discriminator="kind")]

@@ -24,9 +24,11 @@ from ftray.config.objectives import (
     Sft,
 )
 from ftray.config.rewards import Python
-from ftray.config.section import Section
+from ftray.config.section import NAME_PATTERN, REF_PATTERN, Section, version_ref
 
 __all__ = [
+    "NAME_PATTERN",
+    "REF_PATTERN",
     "AdaLora",
     "Auto",
     "Classification",
@@ -45,8 +47,6 @@ __all__ = [
 
 Auto: TypeAlias = Literal["auto"]
 
-NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
-REF_PATTERN = re.compile(rf"(?:{NAME_PATTERN.pattern})(?:@(?:{NAME_PATTERN.pattern}))?")
 GATE_PATTERN = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\s*")
 
 
@@ -264,6 +264,9 @@ class Evaluate(Section):
     baselines: list[Annotated[int, Field(ge=0, le=32)]] = Field(
         default_factory=list, description="the base prompted with so many training examples, e.g. [0, 4], as a rival"
     )
+    judge: str | None = Field(
+        None, description="a reward version, e.g. support-reward@v1: what it gives answers, and wins over the base's"
+    )
     forgetting: bool | str = Field(
         True, description="loss on general text, before and after; or a text file of your own"
     )
@@ -276,6 +279,11 @@ class Evaluate(Section):
     @classmethod
     def _each_once(cls, value: list[int]) -> list[int]:
         return sorted(set(value))
+
+    @field_validator("judge")
+    @classmethod
+    def _names_a_version(cls, value: str | None) -> str | None:
+        return value if value is None else version_ref(value)
 
     @field_validator("gate")
     @classmethod
@@ -408,6 +416,10 @@ def _disagreements(run: Run):
         yield "evaluate.baselines: plain text has no questions to ask; leave it out"
     elif run.evaluate.baselines and not run.evaluate.generate_rows:
         yield "evaluate.baselines: compares generated answers; set evaluate.generate_rows, or leave it out"
+    if run.evaluate.judge and (run.objective.reads or run.objective.kind == "pretrain"):
+        yield f"evaluate.judge: scores answers to held-out prompts, and {run.objective.kind} has none; leave it out"
+    elif run.evaluate.judge and not run.evaluate.generate_rows:
+        yield "evaluate.judge: scores generated answers; set evaluate.generate_rows, or leave it out"
     if isinstance(run.objective, REINFORCEMENT):
         yield from _rollout_problems(run)
     if run.objective.reads:

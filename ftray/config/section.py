@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+REF_PATTERN = re.compile(rf"(?:{NAME_PATTERN.pattern})(?:@(?:{NAME_PATTERN.pattern}))?")
 
 
 class Section(BaseModel):
@@ -20,3 +24,10 @@ class Section(BaseModel):
             return cls.model_validate(values).model_dump(mode="json")
         except ValidationError:  # a key of then means nothing today: it differs from whatever is asked
             return dict(values)
+
+
+def version_ref(value: str) -> str:
+    """For keys that name a version of the registry."""
+    if not REF_PATTERN.fullmatch(value):
+        raise ValueError(f"{value!r} names no version; write name, name@v2 or name@prod")
+    return value

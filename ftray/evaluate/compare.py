@@ -41,7 +41,9 @@ METRICS = {
     "reward_auc": Metric("Reward AUC", "high", "share", "good answers rewarded above bad ones; a tie is half"),
     "reward": Metric("Reward", "high", "number", "mean reward of greedy answers"),
     "pass_at_1": Metric("Pass@1", "high", "share", "greedy answers that are right, as the reward tells"),
-    "kl": Metric("KL to base", "low", "number", "nats per greedy answer between tuned model and base"),
+    "kl": Metric("KL to base", "low", "number", "nats per greedy answer, of the tuned model from its base"),
+    "judge_score": Metric("Judge's score", "high", "number", "mean reward of answers by evaluate.judge"),
+    "win_rate": Metric("Win rate", "high", "share", "answers that the judge puts above the base's; a tie is half"),
     "exact_match": Metric("Exact match", "high", "share", "answers equal to the expected one, up to white space"),
     "json_match": Metric("JSON match", "high", "share", "answers with the same JSON value as the expected one"),
     "accuracy": Metric("Accuracy", "high", "share", "rows whose label, or all of whose labels, are right"),
@@ -77,6 +79,8 @@ class Scores:
     reward: float | None = None
     pass_at_1: float | None = None
     kl: float | None = None
+    judge_score: float | None = None
+    win_rate: float | None = None
     exact_match: float | None = None
     json_match: float | None = None
     accuracy: float | None = None
@@ -238,6 +242,12 @@ def compare(
     }
     judged = [_judge(rule, before, after) for rule in gate]
     return Comparison(before, after, rows, tasks, judged, dict(sorted((baselines or {}).items())))
+
+
+def win_rate(tuned: Sequence[float], base: Sequence[float]) -> float:
+    """Share of the answers to the same questions that are worth more than the base's; a tie is half."""
+    pairs = list(zip(tuned, base, strict=True))
+    return sum((mine > theirs) + (mine == theirs) / 2 for mine, theirs in pairs) / len(pairs)
 
 
 def check_gate(gate: Sequence[str]) -> None:

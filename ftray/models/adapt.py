@@ -48,6 +48,11 @@ def trainable(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad}
 
 
+def switches_off(method: Method) -> bool:
+    """Whether the model without its adapter is the base: PiSSA takes its start out of the base's weights."""
+    return is_adapter(method) and not (isinstance(method, Lora) and method.init == "pissa")
+
+
 def unwrap(model: Any) -> Any:
     """The model inside DeepSpeed's or DDP's wrapper."""
     import torch

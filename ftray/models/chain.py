@@ -58,6 +58,11 @@ def pinned(asked: Asked, storage: Storage, *, began: str | None = None) -> Asked
     return asked.model_copy(update={"model": asked.model.model_copy(update={"base": base})})
 
 
+def is_number(ref: str) -> bool:
+    """Whether a version is named by its number."""
+    return bool(_NUMBER.fullmatch(ref.partition("@")[2]))
+
+
 def here(asked: Asked, storage: Storage) -> Asked:
     """The same with its base's version as a model on this machine. ModelError where nothing can start from it."""
     return asked.model_copy(update={"model": found(asked.model, storage)})

@@ -32,7 +32,8 @@ class Stage:
     """Where a worker trains. `policy`: the adapted model; `whole`: what is trained, the policy inside.
 
     `deal(lengths)`: positions of this worker's micro-batches; `synced`: a forward is a collective (ZeRO 3);
-    `another_base()`: the base once more, frozen, whole on every worker.
+    `another_base()`: the base once more, frozen, whole on every worker; `worth(version)`: what a reward version of the
+    registry gives texts, as ids.
     """
 
     policy: Any
@@ -44,6 +45,7 @@ class Stage:
     computing: Callable[[], AbstractContextManager]
     another_base: Callable[[], Any]
     beat: Callable[[], None] = lambda: None
+    worth: Callable[[str], Callable[[Sequence[Sequence[int]]], np.ndarray]] | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:

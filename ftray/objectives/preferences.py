@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ftray.config.methods import Lora, Method, is_adapter
+from ftray.config.methods import Method
 from ftray.data.tokens import TokenStore
-from ftray.models.adapt import unwrap
+from ftray.models.adapt import switches_off, unwrap
 from ftray.objectives import language, preference_losses
 from ftray.objectives.objective import Figures, Objective
 from ftray.objectives.preference_losses import Ratios
@@ -95,7 +95,7 @@ class Preferences(Objective):
         self.kept: dict[Path, np.ndarray] = {}
 
     def begin(self, model: Any, *, method: Method, stores: Sequence[TokenStore], figures: Figures) -> None:
-        if self.has_reference and not _switches_off(method):
+        if self.has_reference and not switches_off(method):
             self.kept = {store.folder: figures(store, self._read) for store in stores}
 
     def count(self, store: TokenStore, rows: np.ndarray) -> int:
@@ -273,8 +273,3 @@ def _table(logprobs_S: torch.Tensor, answers: Answers) -> np.ndarray:
     """[rows, texts of a row]"""
     rows = len(answers.rows)
     return logprobs_S.double().cpu().numpy().reshape(rows, len(answers.tokens) // rows if rows else 0)
-
-
-def _switches_off(method: Method) -> bool:
-    """Whether the model without its adapter is the base: PiSSA takes its start out of the base's weights."""
-    return is_adapter(method) and not (isinstance(method, Lora) and method.init == "pissa")

@@ -80,6 +80,8 @@ class Reinforcement(Objective):
     def stand(self, stage: Stage) -> None:
         """A policy without an adapter to switch off is compared with a copy of the base."""
         self.stage = stage
+        if stage.worth is not None:
+            self.rewards.meet(stage.worth)
         if self.section.beta and not isinstance(stage.policy, PeftModel):
             self.frozen = stage.another_base()
 
@@ -211,6 +213,7 @@ class Reinforcement(Objective):
                 tokens=len(one.ids),
                 reference=question.answer,
                 row=question.row,
+                ids=[*question.prompt_ids, *whole(one)],
             )
             for question, one in mine
         ]

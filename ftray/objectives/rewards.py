@@ -1,4 +1,5 @@
-"""What an answer is worth: one scorer a kind of reward, a row each in SCORERS. Pure functions of texts. No torch."""
+"""What an answer is worth: one scorer a kind of reward, a row each in SCORERS. Functions of texts. No torch: a reward
+model comes from the worker, through `Rewards.meet`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ftray.config.rewards import JsonSchema, Length, Python, Regex, RewardSection
+from ftray.config.rewards import ByVersion, JsonSchema, Length, Python, Regex, RewardSection
 from ftray.errors import ConfigError, TrainError
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
@@ -25,7 +26,8 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer and what it answers. `reference` is "" where the row has none; `tokens` those of the answer."""
+    """An answer and what it answers. `reference` is "" where the row has none; `tokens` those of the answer; `ids` both
+    with the token that ended it."""
 
     prompt: str
     prompt_ids: Sequence[int]
@@ -33,6 +35,7 @@ class Answered:
     tokens: int
     reference: str
     row: str  # file:line
+    ids: Sequence[int] = ()
 
 
 Scorer = Callable[[Sequence[Answered]], Sequence[float]]
@@ -52,6 +55,12 @@ class Rewards:
                 problems.append((f"objective.rewards.{index}.{unfit.key}", unfit.text))
         if problems:
             raise ConfigError("rewards", problems)
+
+    def meet(self, worth: Callable[[str], Callable[[Sequence[Sequence[int]]], np.ndarray]]) -> None:
+        """Gives reward models their weights: `worth(version)` scores texts as ids."""
+        for section, scorer in zip(self.sections, self.scorers, strict=True):
+            if isinstance(scorer, _Version) and isinstance(section, ByVersion):
+                scorer.worth = worth(section.version)
 
     def __call__(self, answered: Sequence[Answered]) -> np.ndarray:
         """What each reward gives for each answer, float64 [answers, rewards], not weighted. TrainError where one
@@ -148,6 +157,16 @@ def _length(section: Length) -> Scorer:
     return _each(lambda one: too_long(one.tokens, section.tokens))
 
 
+class _Version:
+    """A reward model; it has no weights before a worker gives it some."""
+
+    worth: Callable[[Sequence[Sequence[int]]], np.ndarray] | None = None
+
+    def __call__(self, answered: Sequence[Answered]) -> Sequence[float]:
+        assert self.worth is not None, "Rewards.meet comes first"
+        return self.worth([one.ids for one in answered]).tolist()
+
+
 def _python(section: Python) -> Scorer:
     assert section.trusted, "the schema lets no other pass"
     function = _function(section)
@@ -196,4 +215,5 @@ SCORERS: dict[str, Callable[[Any], Scorer]] = {
     "json_schema": _json_schema,
     "length": _length,
     "python": _python,
+    "version": lambda section: _Version(),
 }

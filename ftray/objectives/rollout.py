@@ -105,6 +105,7 @@ def roll_out(
             tokens=len(one.ids),
             reference=reference_of(store, int(rows[place]), stage.tokenizer),
             row=store.row_name(int(rows[place])),
+            ids=[*prompts[place], *whole(one)],
         )
         for (place, _), one in zip(mine, given, strict=True)
     ]

@@ -14,7 +14,7 @@ from typing import Any
 from ftray.config.sweeping import Pbt, Sweep
 from ftray.errors import ClusterError, ConfigError, TrainError
 from ftray.evaluate.compare import check_gate
-from ftray.models import chain
+from ftray.models import chain, reward
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.sweep import result
@@ -305,10 +305,12 @@ def _conclude(asked: Sweep, folder: SweepFolder, planner: Planner, *, began: flo
 
 
 def _based(asked: Sweep, folder: SweepFolder, *, fresh: bool) -> Sweep:
-    """The sweep with a base that is a version named by its number: the one that it began with, where it did."""
-    before = None if fresh or asked.run.model.version is None else folder.resolved()
-    began = before["sweep"]["run"]["model"]["base"] if before else None
-    return asked.model_copy(update={"run": chain.pinned(asked.run, folder.storage, began=began)})
+    """The sweep with the versions that it names by number: those that it began with, where it did."""
+    names = asked.run.model.version is not None or reward.named(asked.run)
+    before = folder.resolved() if names and not fresh else None
+    began = before["sweep"]["run"] if before else None
+    run = chain.pinned(asked.run, folder.storage, began=began["model"]["base"] if began else None)
+    return asked.model_copy(update={"run": reward.pinned(run, folder.storage, began=began)})
 
 
 def _refuse_other(asked: Sweep, folder: SweepFolder) -> None:

@@ -27,7 +27,7 @@ SMALL_BYTES = 64 * 2**20  # below that, tokenising here is quicker than shipping
 @dataclass(frozen=True)
 class Known:
     """`base` is its fingerprint; `packs`: it keeps packed examples apart; `head`: what it reads under, if it does;
-    `beside`: weights of a model beside it; `lineage`: the versions that the base is made of."""
+    `beside`: weights of models beside it; `lineage`: the versions that the base is made of."""
 
     base: str
     shape: Shape
@@ -42,7 +42,7 @@ class Known:
     def of(cls, run: Run, storage: Storage, *, ray_ready: Callable[[], None] | None = None) -> Known:
         """Read, check and prepare. With `ray_ready`, which waits for the cluster, its CPUs tokenise large data."""
         from ftray.evaluate.suites import check_labels
-        from ftray.models import attention, chain, load
+        from ftray.models import attention, chain, load, reward
         from ftray.objectives import OBJECTIVES
 
         run = chain.here(run, storage)
@@ -51,6 +51,7 @@ class Known:
         check_method(run, config, tokenizer)
         beside = OBJECTIVES[run.objective.kind].beside(run.objective)
         other = _checked_beside(beside, tokenizer) if beside else None
+        rewards = reward.check(run, storage, tokenizer)
         large = ray_ready is not None and _bytes(run.data.sources) > SMALL_BYTES
         if ray_ready is not None and large:
             ray_ready()
@@ -80,7 +81,7 @@ class Known:
             data=data,
             head=head,
             encoder=is_encoder(config),
-            beside=Shape.from_config(other).parameters if other is not None else 0,
+            beside=(Shape.from_config(other).parameters if other is not None else 0) + rewards,
             lineage=tuple(chain.lineage(run.model, storage)),
         )
 

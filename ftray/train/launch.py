@@ -18,7 +18,7 @@ from ftray.data.order import epoch_rows
 from ftray.data.report import DataReport
 from ftray.errors import ConfigError, FtrayError, ModelError, Stopped
 from ftray.evaluate.compare import check_gate
-from ftray.models import chain
+from ftray.models import chain, reward
 from ftray.models.adapt import default_lr
 from ftray.models.load import fingerprint
 from ftray.ray_cluster import connect
@@ -266,9 +266,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
 
 
 def based(run: Run, folder: RunFolder, *, fresh: bool = False) -> Run:
-    """The run with a base that is a version named by its number: the one that it began with, where it did."""
-    before = None if fresh or run.model.version is None else folder.resolved()
-    return chain.pinned(run, folder.storage, began=before["run"]["model"]["base"] if before else None)
+    """The run with every version that it names, as its base or as a reward, by number: that which it began with, where
+    it did."""
+    names = run.model.version is not None or reward.named(run)
+    before = folder.resolved() if names and not fresh else None
+    began = before["run"] if before else None
+    run = chain.pinned(run, folder.storage, began=began["model"]["base"] if began else None)
+    return reward.pinned(run, folder.storage, began=began)
 
 
 def _storage(run: Run) -> Storage:

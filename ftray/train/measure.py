@@ -21,6 +21,8 @@ from ftray.evaluate.suites import answer_scores
 from ftray.models.generate import Given, answer, text_of
 from ftray.objectives import language
 from ftray.objectives.objective import Objective, joined
+from ftray.objectives.rollout import shared
+from ftray.objectives.worth import ids_of, kl_to_base
 from ftray.train.layout import Layout
 
 WINDOW = 64  # held-out rows a worker takes at once, so that neighbours in length share a batch
@@ -35,6 +37,7 @@ class Answer:
     prompt: str
     expected: str
     given: str
+    worth: float | None = None  # to evaluate.judge
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,16 @@ class Meter:
         max_length: int,
         computing: Callable[[], AbstractContextManager],
         beat: Callable[[], None] = lambda: None,
+        judge: Callable[[Sequence[Sequence[int]]], np.ndarray] | None = None,
+        switches_off: bool = False,
     ):
+        """`judge`: what texts, as ids, are worth; `switches_off`: the model without its adapter is the base."""
         self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.held_out, self.questions = held_out, spread(questions, evaluate.generate_rows)
         self.baselines = {count: spread(asked, evaluate.generate_rows) for count, asked in baselines.items()}
         self.evaluate, self.layout, self.max_length = evaluate, layout, max_length
         self.computing, self.beat = computing, beat
+        self.judge, self.switches_off = judge, switches_off
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def quick(self) -> dict[str, float]:
@@ -95,6 +102,8 @@ class Meter:
             labels=self.evaluate.labels,
             general_loss=general.get("loss"),
         )
+        if self.judge is not None and given:
+            scores, answers = self._judged(scores, answers, given)
         return Measured(scores, answers, details=self.objective.details(observed))
 
     def base(self) -> Measured:
@@ -108,6 +117,19 @@ class Meter:
             given, expected = [a.given for a in answers], [a.expected for a in answers]
             found[count] = Scores.of(answer_scores(given, expected, self.evaluate.labels))
         return replace(measured, baselines=found)
+
+    def _judged(self, scores: Scores, answers: list[Answer], given: Sequence[Given]) -> tuple[Scores, list[Answer]]:
+        """What the judge gives each answer, and how far they are from the base: what the score was paid with."""
+        assert self.judge is not None
+        mine = slice(self.rank, None, self.world)
+        asked, said = self.questions[mine], given[mine]
+        worth = shared(list(self.judge([ids_of(q.prompt_ids, one) for q, one in zip(asked, said, strict=True)])))
+        scores = replace(scores, judge_score=float(np.mean(worth)))
+        if scores.kl is None and self.switches_off and self.layout.zero != 3:  # under which a forward is collective
+            with self._evaluating():
+                kl = shared(kl_to_base(self.model, asked, said, beat=self.beat))
+            scores = replace(scores, kl=float(np.mean(kl)))
+        return scores, [replace(answer, worth=float(one)) for answer, one in zip(answers, worth, strict=True)]
 
     def _by_task(self, given: Sequence[Given]) -> dict[str, np.ndarray]:
         """Observations of every held-out row, or of the answers to them, by the task it belongs to."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 from ftray.config.schema import Run
-from ftray.evaluate.compare import Comparison, Scores, compare
+from ftray.evaluate.compare import Comparison, Scores, compare, win_rate
 from ftray.evaluate.report import write_report
 from ftray.models.adapt import reader_servability, servability
 from ftray.store.paths import Storage
@@ -77,9 +78,13 @@ def _scores(storage: Storage, folder: RunFolder) -> tuple[dict[str, Any], dict[s
 
 def _comparison(run: Run, storage: Storage, folder: RunFolder) -> Comparison:
     before, after = _scores(storage, folder)
+    base, tuned = Scores.from_json(before["scores"]), Scores.from_json(after["scores"])
+    worth = [[answer.get("worth") for answer in side["answers"]] for side in (after, before)]
+    if None not in worth[0] + worth[1] and worth[0]:
+        base, tuned = replace(base, win_rate=0.5), replace(tuned, win_rate=win_rate(*worth))
     return compare(
-        Scores.from_json(before["scores"]),
-        Scores.from_json(after["scores"]),
+        base,
+        tuned,
         run.gate,
         baselines={int(count): Scores.from_json(values) for count, values in before.get("baselines", {}).items()},
     )

@@ -175,7 +175,7 @@ class Worker:
     def _build(self) -> None:
         import torch
 
-        from ftray.models.adapt import adapt, trainable
+        from ftray.models.adapt import adapt, switches_off, trainable
         from ftray.plain_template import plain_template
         from ftray.train.deepspeed import build_engine, deepspeed_config
         from ftray.train.measure import Meter
@@ -208,6 +208,7 @@ class Worker:
         model.config.use_cache = False
         whole, beside = self.objective.around(model)
         self.model, self.learnt = model, trainable(model)
+        self.judges: dict[str, Any] = {}
         self.named = self.learnt | beside
         self.engine = build_engine(
             whole, named=self.named, layout=layout, optim=run.optim, lr=self.schedule.lr, dtype=self.dtype
@@ -229,6 +230,8 @@ class Worker:
             max_length=run.data.max_length,
             computing=self._computing,
             beat=lambda: self.watchdog.beat(),
+            judge=self._worth(run.evaluate.judge) if run.evaluate.judge else None,
+            switches_off=switches_off(run.method),
         )
         stores = [self.data.eval] if self.job.version_key else [self.data.train, self.data.eval]
         self.objective.begin(model, method=run.method, stores=stores, figures=self._figures)
@@ -253,7 +256,23 @@ class Worker:
             computing=self._computing,
             another_base=self._another_base,
             beat=lambda: self.watchdog.beat(),
+            worth=self._worth,
         )
+
+    def _worth(self, version: str):
+        """What a reward version gives texts. Its weights are loaded once, whole on every worker."""
+        from ftray.models import reward
+        from ftray.models.sharded import without_zero3
+        from ftray.objectives.worth import Worth
+
+        if version not in self.judges:
+            with without_zero3():
+                model = reward.load(version, self.storage, dtype=self.dtype, beside=self.model)
+            if not getattr(model, "is_quantized", False):
+                model.to(self.device)
+            tokens = self.layout.micro_batch_size * self.run.data.max_length
+            self.judges[version] = Worth(model, dtype=self.dtype, tokens=tokens, beat=lambda: self.watchdog.beat())
+        return self.judges[version]
 
     def _computing(self) -> contextlib.AbstractContextManager:
         """Without ZeRO, 16-bit computing is autocast over fp32 learnt weights; with it, the weights are 16-bit."""
