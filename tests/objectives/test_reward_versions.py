@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from rollout_drill import VOCAB, run_all, run_of
-from rollout_drill import write_base as write_small_base
+from run_drill import VOCAB, run_all, run_of
+from run_drill import write_base as write_small_base
 
 from ftray.config.methods import Full, Lora
 from ftray.config.schema import Model, Run
