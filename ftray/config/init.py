@@ -34,6 +34,7 @@ STARTERS: dict[str, dict[str, Any]] = {
     "pretrain": {"method": {"kind": "full"}, "objective": {"kind": "pretrain"}, "evaluate": {"generate_rows": 0}},
     "classification": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "classification"}},
     "regression": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "regression"}},
+    "token_classification": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "token_classification"}},
 }
 # What nearly every run sets, so it is written out; every other key stands behind a '#' with its default.
 _WRITTEN = {"name", "model.base", "data.max_length", "optim.lr", "optim.epochs", "optim.batch_size", "scale.workers"}

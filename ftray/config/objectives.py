@@ -186,6 +186,14 @@ REINFORCEMENT = (Grpo, Rloo, Ppo)
 """Objectives that learn from rewards of sampled answers."""
 
 
+def _each_once(value: list[str]) -> list[str]:
+    if twice := next((label for label in value if value.count(label) > 1), None):
+        raise ValueError(f"{twice!r} stands there twice")
+    if len(value) == 1:
+        raise ValueError("one label alone tells nothing apart; name two or more, or leave it out")
+    return value
+
+
 class Classification(ObjectiveSection):
     """The right one of some labels for a text, or with `multi_label` each that fits."""
 
@@ -198,14 +206,7 @@ class Classification(ObjectiveSection):
         "none", description="balanced: rare labels weigh as much as frequent ones"
     )
 
-    @field_validator("labels")
-    @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
-        if twice := next((label for label in value if value.count(label) > 1), None):
-            raise ValueError(f"{twice!r} stands there twice")
-        if len(value) == 1:
-            raise ValueError("one label alone tells nothing apart; name two or more, or leave it out")
-        return value
+    _each_once = field_validator("labels")(_each_once)
 
 
 class Regression(ObjectiveSection):
@@ -215,7 +216,32 @@ class Regression(ObjectiveSection):
     kind: Literal["regression"] = "regression"
 
 
+class TokenClassification(ObjectiveSection):
+    """A tag for each word: entities by BIO tags, or parts of speech and the like."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({"kind", "labels"})
+    reads: ClassVar[bool] = True
+    kind: Literal["token_classification"] = "token_classification"
+    labels: list[str] = Field(
+        default_factory=list,
+        description="every tag, which names tags that are numbers; none: those of the training rows",
+    )
+    _each_once = field_validator("labels")(_each_once)
+
+
 Objective = Annotated[
-    Sft | Pretrain | Distill | Dpo | Orpo | Kto | RewardModel | Grpo | Rloo | Ppo | Classification | Regression,
+    Sft
+    | Pretrain
+    | Distill
+    | Dpo
+    | Orpo
+    | Kto
+    | RewardModel
+    | Grpo
+    | Rloo
+    | Ppo
+    | Classification
+    | Regression
+    | TokenClassification,
     Field(discriminator="kind"),
 ]

@@ -22,6 +22,7 @@ from ftray.config.objectives import (
     Pretrain,
     Regression,
     Sft,
+    TokenClassification,
 )
 from ftray.config.rewards import Python
 from ftray.config.section import NAME_PATTERN, REF_PATTERN, Section, version_ref
@@ -99,8 +100,9 @@ class Model(Section):
 
 
 Format: TypeAlias = Literal[
-    "auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "pairs", "judged", "prompt", "labelled"
-]
+    "auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "pairs", "judged", "prompt", "labelled",
+    "tagged", "conll",
+]  # fmt: skip
 
 
 class Source(Section):
@@ -452,6 +454,11 @@ def _disagreements_of_a_reader(run: Run):
     kind, data = run.objective.kind, run.data
     if data.packing == "on":
         yield f"data.packing: {kind} reads each text in a row of its own; use auto or off"
+    if isinstance(run.objective, TokenClassification):
+        if data.template:
+            yield f"data.template: {kind} reads rows as they are, word by word; leave it out"
+        if data.augment.copies:
+            yield f"data.augment.copies: {kind} has a tag for each word, and copies have other words; leave copies out"
     if data.few_shot:
         yield f"data.few_shot: {kind} has no prompts to put examples in; leave it out"
     if data.system and kind != "reward":

@@ -89,6 +89,7 @@ class Encoded:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     places: list[Place] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # more about each example, [examples, ...]
+    streams: dict[str, np.ndarray] = field(default_factory=dict)  # more about each trained token
     dropped: list[tuple[Place, Unusable]] = field(default_factory=list)
     truncated: Counter[int] = field(default_factory=Counter)  # by source
     asked: list[Asked] = field(default_factory=list)

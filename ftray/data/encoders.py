@@ -11,6 +11,7 @@ from ftray.data.encode import Encoder
 from ftray.data.encode_preferences import JudgedEncoder, PairEncoder, RewardEncoder
 from ftray.data.labelled import label_encoder
 from ftray.data.prompts import PromptEncoder
+from ftray.data.tagged import tag_encoder
 
 
 def encoder_for(data: Data, objective: ObjectiveSection, tokenizer: Any) -> Encoder:
@@ -57,4 +58,5 @@ ENCODERS: dict[str, Callable[[Data, Any, Any], Encoder]] = {
     "ppo": _prompts,
     "classification": label_encoder,
     "regression": label_encoder,
+    "token_classification": tag_encoder,
 }

@@ -10,6 +10,7 @@
     judged             {"prompt", "completion": str or messages, "label": true/false, 1/0, good/bad, "system"?: str}
     prompt             {"prompt": str or messages}, without an answer: for objectives that sample answers
     labelled           {"text": str, "pair"?: str, "label": str, number or list}; also sentence/category
+    tagged             {"tokens": [str, ...], "tags": [str or number, ...]}; also words/ner_tags; what CoNLL files hold
 
 `recognise` looks at a source's first rows; `Layout.example` turns one row into an example or raises `Unusable`.
 """
@@ -93,6 +94,9 @@ LABELS = (
     "topic", "topics", "sentiment", "emotion", "emotions", "score", "rating", "similarity", "stars", "value",
     "completion", "output", "answer",
 )  # fmt: skip
+# columns of tagged rows
+TOKENS = ("tokens", "words")
+TAGS = ("tags", "ner_tags", "labels", "ner", "label", "pos_tags", "upos")
 
 
 class Unusable(Exception):
@@ -119,7 +123,8 @@ class Example:
     """Either messages (role, content, and optionally weight 0 or 1, tool_calls, ...) or a text.
 
     Of a pair, `messages` is the conversation with the chosen answer and `rejected` the one with the other; of a judged
-    row `good` is its label. A labelled text has its label as the row says it, and perhaps a second text.
+    row `good` is its label. A labelled text has its label as the row says it, and perhaps a second text; a tagged one
+    its `words`, of which `label` lists the tags.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -130,6 +135,7 @@ class Example:
     margin: float = 0.0
     pair: str | None = None
     label: Any = None
+    words: list[str] = field(default_factory=list)
 
     @property
     def last_answer(self) -> int:
@@ -165,6 +171,8 @@ class Layout:
                 return Example(text=text)
             pair = _string(row, self.columns["pair"]) if "pair" in self.columns else None
             return Example(text=text, pair=pair, label=_label(row, self.columns["label"]))
+        if self.kind == "tagged":
+            return self._tagged(row)
         if self.kind == "pairs":
             return self._pair(row)
         messages = READERS[self.kind](self, row)
@@ -173,6 +181,14 @@ class Layout:
         if self.answered and not any(message["role"] == "assistant" for message in messages):
             raise Unusable("no message of the assistant")
         return Example(messages=messages, tools=tools, good=self._label(row) if self.kind == "judged" else None)
+
+    def _tagged(self, row: Mapping[str, Any]) -> Example:
+        words, tags = (_list(row, self.columns[name]) for name in ("tokens", "tags"))
+        if len(words) != len(tags):
+            raise Unusable("numbers of tokens and tags differ", f"{len(words)} tokens, {len(tags)} tags")
+        if not all(isinstance(word, str) for word in words):
+            raise Unusable("a token is not text", repr(next(word for word in words if not isinstance(word, str))))
+        return Example(text=" ".join(words), words=words, label=tags)
 
     def _pair(self, row: Mapping[str, Any]) -> Example:
         chosen, rejected = (self._with_system(read_side(self, row, side), row) for side in ("chosen", "rejected"))
@@ -252,6 +268,7 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
             )
     known = {name: name for name in names} | columns
     kind = source.format if source.format != "auto" else _kind(rows, known, columns, objective)
+    kind = "tagged" if kind == "conll" else kind
     if (wanted := LEARNS_FROM.get(objective)) and kind not in wanted:
         needs = " or ".join(f"{one} rows, which need {NEEDS[one]}" for one in wanted)
         raise DataError(
@@ -274,7 +291,7 @@ def recognise(rows: Sequence[Mapping[str, Any]], source: Source, *, objective: s
         used.pop("margin", None)
     if template:
         used |= _template_columns(template, known, names, where)
-        if kind in ("messages", "sharegpt"):
+        if kind in ("messages", "sharegpt", "tagged"):
             raise DataError(f"{where}data.template fills a prompt, but its rows are {kind}; leave the template out")
     unused = tuple(name for name in names if name not in used.values())
     return Layout(kind, used, template=template, system=system, unused=unused, answered=objective != SAMPLED)
@@ -290,6 +307,7 @@ NEEDS = {
     "judged": "columns 'prompt', 'completion' and 'label'",
     "prompt": "a column 'prompt'",
     "labelled": "columns 'text' and 'label'",
+    "tagged": "columns 'tokens' and 'tags', or a CoNLL file",
 }
 LEARNS_FROM = {
     "dpo": ("pairs",),
@@ -298,6 +316,7 @@ LEARNS_FROM = {
     "reward": ("pairs", "judged"),
     "classification": ("labelled",),
     "regression": ("labelled",),
+    "token_classification": ("tagged",),
 }
 """What rows an objective needs, one of these; another reads any of the other formats."""
 SAMPLED = "sampled"
@@ -350,27 +369,29 @@ def _used(kind: str, known: Mapping[str, str], mapped: Mapping[str, str]) -> dic
         ),
         "judged": lambda: first([(*pair, "label") for pair in PAIRS], ["prompt", "completion", "label"]),
         "prompt": lambda: first([(name,) for name in ASKS], ["prompt"]),
-        "labelled": lambda: _labelled(known),
+        "labelled": lambda: _by_name(known, label=LABELS, text=TEXTS, pair=SECOND_TEXTS),
+        "tagged": lambda: _by_name(known, tokens=TOKENS, tags=TAGS),
     }[kind]()
     optional = {
         "instruction": ("input", "tools"),
         "text": (),
         "labelled": (),
+        "tagged": (),
         "pairs": ("tools", "system", "margin"),
         "judged": ("tools", "system"),
     }.get(kind, ("tools",))
     return used and used | {name: known[name] for name in optional if name in known}
 
 
-def _labelled(known: Mapping[str, str]) -> dict[str, str] | None:
-    """Columns that the run names win; no column is two things."""
+def _by_name(known: Mapping[str, str], **wanted: Sequence[str]) -> dict[str, str] | None:
+    """Columns that the run names win; no column is two things; all but a `pair` must be there."""
     found: dict[str, str] = {}
-    for ours, names in (("label", LABELS), ("text", TEXTS), ("pair", SECOND_TEXTS)):
+    for ours, names in wanted.items():
         candidates = [ours, *names]
         column = next((known[name] for name in candidates if name in known and known[name] not in found.values()), None)
         if column is not None:
             found[ours] = column
-    return found if {"text", "label"} <= {*found} else None
+    return found if {*wanted} - {"pair"} <= {*found} else None
 
 
 def _label(row: Mapping[str, Any], column: str) -> Any:
@@ -379,6 +400,15 @@ def _label(row: Mapping[str, Any], column: str) -> Any:
     value = _json(value.strip()) if isinstance(value, str) else value
     if value is None or value == "" or value != value:  # a missing number in Parquet is NaN, which is not itself
         raise Unusable("no label", f"column '{column}' is empty")
+    return value
+
+
+def _list(row: Mapping[str, Any], column: str) -> list[Any]:
+    value = _json(row.get(column))
+    if not isinstance(value, list):
+        raise Unusable(f"column '{column}' is not a list", type(value).__name__)
+    if not value:
+        raise Unusable(f"column '{column}' is empty")
     return value
 
 

@@ -157,7 +157,7 @@ class LabelEncoder(Encoder):
         if not self.labels:
             yield from _value_notes(train.column(TARGET))
             return
-        yield from _count_notes(self.balance(train, held_out))
+        yield from count_notes(self.balance(train, held_out))
         for one, other in near_names(self.labels):
             yield f"note: labels {one!r} and {other!r} differ in little; is one misspelt?"
         joined = [label for label in self.labels if SEPARATOR in label]
@@ -235,17 +235,18 @@ def near_names(labels: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield one, other
 
 
-def _count_notes(counts: Sequence[LabelCount]) -> Iterator[str]:
+def count_notes(counts: Sequence[LabelCount], *, of: str = "row") -> Iterator[str]:
+    """Labels with little to learn from or to measure; `of`: what has a label."""
     few = [count for count in counts if count.train < 2]
     if few:
         shown = ", ".join(f"{count.name!r} ({count.train})" for count in few[:5])
         verb = "label has" if len(few) == 1 else "labels have"
-        yield f"note: {len(few)} {verb} fewer than 2 training rows and will not be learnt: {shown}"
+        yield f"note: {len(few)} {verb} fewer than 2 training {of}s and will not be learnt: {shown}"
     held_out = [count.name for count in counts if count.train and not count.held_out]
     if held_out and any(count.held_out for count in counts):
         verb = "label has" if len(held_out) == 1 else "labels have"
         shown = ", ".join(repr(name) for name in held_out[:5])
-        yield f"note: {len(held_out)} {verb} no held-out row, so nothing is measured of them: {shown}"
+        yield f"note: {len(held_out)} {verb} no held-out {of}, so nothing is measured of them: {shown}"
 
 
 def _value_notes(values: np.ndarray) -> Iterator[str]:

@@ -164,7 +164,7 @@ def _write(build: Build, map_chunks: MapChunks, folder: Path, digest: str) -> No
             asked += encoded.asked
             writer = held_out if encoded.held_out else train
             rows = [(place.source, writer.file_number(place.file), place.line) for place in encoded.places]
-            writer.extend(encoded.ids, encoded.trained, encoded.lengths, rows, encoded.columns)
+            writer.extend(encoded.ids, encoded.trained, encoded.lengths, rows, encoded.columns, encoded.streams)
     build.check()
     notes = encoder.check(TokenStore.open(folder / "train"))
     questions = [

@@ -1,4 +1,5 @@
-"""One open file to rows: JSON lines, JSON arrays, CSV, Parquet and plain text, none of it held in memory as a whole.
+"""One open file to rows: JSON lines, JSON arrays, CSV, Parquet, CoNLL and plain text, none of it held in memory as a
+whole.
 
 Every reader takes a binary stream and the file's name, and yields `Row`s and, for what cannot be read, `BadRow`s. Lines
 count from 1 and are where a row begins; rows of Parquet files count from 1.
@@ -12,6 +13,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import IO, Any, NamedTuple
 
 from ftray.errors import DataError
@@ -19,6 +21,9 @@ from ftray.errors import DataError
 BLOCK_CHARS = 2000  # a row of a plain text file: whole paragraphs, until there is this much
 LONGEST_BLOCK = 4 * BLOCK_CHARS  # text without blank lines is cut at a line end from here
 PARQUET_BATCH = 512
+PLAIN = (".txt", ".text", None)
+"""Extensions of files that may hold any text; None: of no kind that is known."""
+_BLANK = " \t\r\n"  # and no more: a word may be a no-break space
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -40,6 +45,7 @@ class BadRow(NamedTuple):
 
 
 Rows = Iterator[Row | BadRow]
+Reader = Callable[[IO[bytes], str], Rows]
 
 
 def json_lines(stream: IO[bytes], file: str) -> Rows:
@@ -189,6 +195,41 @@ def text_blocks(stream: IO[bytes], file: str) -> Rows:
         yield Row(file, start, {"text": "\n".join(block).strip("\n")})
 
 
+def conll(stream: IO[bytes], file: str) -> Rows:
+    """A word and its tag a line, parted by a tab or by spaces, with other columns between them left out; a blank line
+    ends a sentence, which is a row of `tokens` and `tags`. Comments and -DOCSTART- are no words."""
+    words: list[str] = []
+    tags: list[str] = []
+    start, broken = 1, None
+    for number, raw in enumerate(chain(_lines(stream, file), [b""]), 1):
+        try:
+            line = raw.decode("utf-8").strip(_BLANK)
+        except UnicodeDecodeError as error:
+            where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1} of line {number}"
+            line, broken = "?", broken or BadRow(file, start if words else number, "not UTF-8", where)
+        if not line:
+            if broken or words:
+                yield broken or Row(file, start, {"tokens": words, "tags": tags})
+            words, tags, broken = [], [], None
+            continue
+        if not words and (line.startswith("-DOCSTART-") or _is_comment(line)):
+            continue
+        start = start if words else number
+        fields = [field.strip(_BLANK) for field in re.split("\t" if "\t" in line else " +", line)]
+        if len(fields) < 2 or not fields[0]:
+            what = f"line {number} is {line!r:.60}; write a word, a tab or space, and its tag"
+            broken = broken or BadRow(file, start, "a word without a tag", what)
+        words.append(fields[0])
+        tags.append(fields[-1])
+
+
+def _is_comment(line: str) -> bool:
+    """Before a sentence: # without a tab. `# O` and `# B-x` are a word and its tag, and so is `#hashtag O`."""
+    words = line.split()
+    tagged = len(words) == 2 and re.fullmatch(r"O|[BI]-.+", words[1])
+    return line.startswith("#") and "\t" not in line and not tagged
+
+
 def _lines(stream: IO[bytes], file: str) -> Iterator[bytes]:
     first = True
     for line in stream:
@@ -203,7 +244,7 @@ def _refuse_utf16(start: bytes, file: str) -> None:
         raise DataError(f"{file}: encoded as UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file}")
 
 
-READERS: dict[str, Callable[[IO[bytes], str], Rows]] = {
+READERS: dict[str, Reader] = {
     ".jsonl": json_lines,
     ".ndjson": json_lines,
     ".json": json_file,
@@ -213,6 +254,9 @@ READERS: dict[str, Callable[[IO[bytes], str], Rows]] = {
     ".txt": text_blocks,
     ".text": text_blocks,
     ".md": text_blocks,
+    ".conll": conll,
+    ".bio": conll,
+    ".iob": conll,
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 

@@ -28,7 +28,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class LabelCount:
-    """Examples with one label; of several labels each has its own count."""
+    """Examples with one label, of several labels each by itself; or words with a tag."""
 
     name: str
     train: int
@@ -195,7 +195,7 @@ def _lines(report: DataReport) -> Iterable[str]:
         trained = asked = ""  # a text is learnt from as a whole
     yield f"train: {report.train_examples:,} examples, {report.tokens:,} tokens{trained}"
     yield f"eval: {report.eval_examples:,} examples, {report.eval_tokens:,} tokens{asked}"
-    yield from _label_lines(report.labels)
+    yield from _label_lines(report.labels, of="words" if report.trained_tokens else "rows")
     if report.questions_too_long:
         yield f"  {report.questions_too_long:,} questions are longer than {report.max_length} tokens and are not asked"
     if report.length_histogram:
@@ -211,7 +211,7 @@ def _lines(report: DataReport) -> Iterable[str]:
         yield from ("  " + line for line in report.preview.splitlines())
 
 
-def _label_lines(labels: Sequence[LabelCount]) -> Iterable[str]:
+def _label_lines(labels: Sequence[LabelCount], *, of: str) -> Iterable[str]:
     if not labels:
         return
     ranked = sorted(labels, key=lambda label: (-label.train, label.name))
@@ -221,4 +221,4 @@ def _label_lines(labels: Sequence[LabelCount]) -> Iterable[str]:
         most, least = ranked[:3], ranked[-3:]
         shown = ", ".join(f"{label.name} {label.train:,}" for label in most) + ", … "
         shown += ", ".join(f"{label.name} {label.train:,}" for label in least)
-    yield f"labels: {len(labels):,}, with training rows: {shown}"
+    yield f"labels: {len(labels):,}, with training {of}: {shown}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ftray.config.schema import Source
-from ftray.data.readers import COMPRESSED, READERS, BadRow, Row, Rows, kind_of, known
+from ftray.data.readers import COMPRESSED, PLAIN, READERS, BadRow, Reader, Row, Rows, kind_of, known
 from ftray.errors import DataError
 
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -46,7 +46,7 @@ def read(source: Source) -> Rows:
         return _builtin(source)
     if _by_datasets(source):
         return _dataset_rows(source)
-    return (row for file in files(source) for row in _file_rows(file))
+    return (row for file in files(source) for row in _file_rows(file, READERS[_kind(file.name, source) or ""]))
 
 
 def digest(source: Source) -> str:
@@ -63,13 +63,19 @@ def files(source: Source) -> list[File]:
     found = _remote(source.path) if "://" in source.path else _local(source.path)
     single = len(found) == 1 and found[0].name == source.path
     if single:
-        if kind_of(source.path) is None:
+        if _kind(source.path, source) is None:
             raise DataError(f"{source.path}: unknown file format; known are {', '.join(known())}, also with .gz")
         return found
-    readable = [file for file in found if kind_of(file.name)]
+    readable = [file for file in found if _kind(file.name, source)]
     if not readable:
         raise DataError(f"{source.path}: no data files in it; known are {', '.join(known())}, also with .gz")
     return _of_split(readable, source)
+
+
+def _kind(name: str, source: Source) -> str | None:
+    """As which kind a file is read: where the run says conll, text files and those of no known kind are CoNLL."""
+    kind = kind_of(name)
+    return ".conll" if source.format == "conll" and kind in PLAIN else kind
 
 
 def _of_split(found: list[File], source: Source) -> list[File]:
@@ -154,8 +160,7 @@ def _remote(path: str) -> list[File]:
     return [File(f"{scheme}://{name.removeprefix(f'{scheme}://')}", name, filesystem) for name in found]
 
 
-def _file_rows(file: File) -> Rows:
-    reader = READERS[kind_of(file.name) or ""]
+def _file_rows(file: File, reader: Reader) -> Rows:
     line = 0
     try:
         with _open(file) as stream:
@@ -223,9 +228,10 @@ def _saved(where: Path) -> bool:
 def _dataset_rows(source: Source) -> Rows:
     with _explained(source):
         loaded = _dataset(source)
-        labels = {name: of for name, of in (loaded.features or {}).items() if hasattr(of, "int2str")}
+        features = {name: getattr(of, "feature", of) for name, of in (loaded.features or {}).items()}  # of a list
+        labels = {name: of for name, of in features.items() if hasattr(of, "int2str")}
         for number, row in enumerate(loaded, 1):
-            named = {name: of.int2str(row[name]) for name, of in labels.items() if isinstance(row[name], int)}
+            named = {name: of.int2str(row[name]) for name, of in labels.items() if row[name] is not None}
             yield Row(source.path, number, row | named)
 
 

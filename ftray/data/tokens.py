@@ -8,6 +8,7 @@ A folder holds, for n examples of together t tokens:
     counts.npy      n int32: trained tokens of each example
     rows.npy        n x 3 int64: source, file, line
     <name>.column.npy   n more values: what an objective keeps about each example, if it does
+    <name>.stream.npy   what it keeps about each trained token, in their order
     meta.json       the id type, the file names and the source labels; written last
 """
 
@@ -38,6 +39,7 @@ class TokenWriter:
         self._counts: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
         self._columns: dict[str, list[np.ndarray]] = {}
+        self._streams: dict[str, list[np.ndarray]] = {}
         self._files: dict[str, int] = {}
 
     def add(self, ids: Any, trained: Any, source: int, line: int, file: str = "") -> None:
@@ -52,10 +54,12 @@ class TokenWriter:
         lengths: Any,
         rows: Any,
         columns: Mapping[str, np.ndarray] | None = None,
+        streams: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Many examples, joined: `lengths` cuts ids and trained; `rows` is (source, file number, line) of each.
 
-        `columns`: more arrays with a value for each of them; the same names every time.
+        `columns`: more arrays with a value for each of them, `streams`: for each trained token; the same names every
+        time.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         if len(ids) != len(trained) or len(ids) != lengths.sum():
@@ -66,6 +70,10 @@ class TokenWriter:
         if not len(lengths):
             return
         trained = np.asarray(trained, dtype=np.bool_)
+        for name, values in (streams or {}).items():
+            if len(values) != trained.sum():
+                raise ValueError(f"stream {name}: {len(values)} values for {trained.sum()} trained tokens")
+            self._streams.setdefault(name, []).append(values)
         self._ids.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
         self._trained.write(np.ascontiguousarray(trained).data)
         before = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
@@ -88,6 +96,8 @@ class TokenWriter:
         np.save(self.folder / "rows.npy", np.concatenate([*self._rows, np.zeros((0, 3), np.int64)]))
         for name, parts in self._columns.items():
             np.save(self.folder / f"{name}.column.npy", np.concatenate(parts))
+        for name, parts in self._streams.items():
+            np.save(self.folder / f"{name}.stream.npy", np.concatenate(parts))
         meta = {"dtype": self.dtype.name, "files": list(self._files), "tasks": self.tasks}
         (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
@@ -116,6 +126,7 @@ class TokenStore:
         self._rows = np.load(self.folder / "rows.npy", mmap_mode="r")
         self._ids = _map(self.folder / "ids.bin", np.dtype(self._meta["dtype"]))
         self._trained = _map(self.folder / "trained.bin", np.dtype(np.bool_))
+        self._streams: dict[str, np.ndarray] = {}
         if not len(self._ids) == len(self._trained) == self.tokens:
             raise DataError(
                 f"{self.folder}: the token store is cut off ({len(self._ids)} of {self.tokens} tokens); "
@@ -162,6 +173,18 @@ class TokenStore:
         path = self.folder / f"{name}.column.npy"
         return np.load(path, mmap_mode="r") if len(self) else np.zeros(0)
 
+    def stream(self, name: str) -> np.ndarray:
+        """What the encoder kept about each trained token under this name, [trained tokens]."""
+        if name not in self._streams:
+            path = self.folder / f"{name}.stream.npy"
+            self._streams[name] = np.load(path, mmap_mode="r") if len(self) else np.zeros(0)
+        return self._streams[name]
+
+    def stream_of(self, name: str, i: int) -> np.ndarray:
+        """The same of example i alone."""
+        end = int(self._trained_ends[i])
+        return self.stream(name)[end - int(self.trained_counts[i]) : end]
+
     def row_name(self, i: int) -> str:
         """Where example i came from, e.g. "orders.jsonl:17"."""
         _, file, line = self._rows[i]
@@ -179,6 +202,10 @@ class TokenStore:
     @cached_property
     def trained_tokens(self) -> int:
         return int(self.trained_counts.sum(dtype=np.int64))
+
+    @cached_property
+    def _trained_ends(self) -> np.ndarray:
+        return np.cumsum(self.trained_counts, dtype=np.int64)
 
     def _span(self, i: int) -> tuple[int, int]:
         if not -len(self) <= i < len(self):

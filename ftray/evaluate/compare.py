@@ -52,6 +52,9 @@ METRICS = {
     "f1": Metric("F1", "high", "share", "macro average over the labels"),
     "f1_micro": Metric("F1, micro", "high", "share", "over all labels together"),
     "ece": Metric("Calibration error", "low", "share", "how far confidence is from being right, in 15 bins"),
+    "entity_f1": Metric("Entity F1", "high", "share", "entities with the right words and kind, micro average"),
+    "entity_precision": Metric("Entity precision", "high", "share", "given entities that are right"),
+    "entity_recall": Metric("Entity recall", "high", "share", "right entities that are given"),
     "mse": Metric("Squared error", "low", "number", "mean over the held-out rows"),
     "mae": Metric("Absolute error", "low", "number", "mean over the held-out rows"),
     "r2": Metric("R²", "high", "number", "share of the values' variance that is explained"),
@@ -89,6 +92,9 @@ class Scores:
     f1: float | None = None
     f1_micro: float | None = None
     ece: float | None = None
+    entity_f1: float | None = None
+    entity_precision: float | None = None
+    entity_recall: float | None = None
     mse: float | None = None
     mae: float | None = None
     r2: float | None = None

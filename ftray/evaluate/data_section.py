@@ -20,10 +20,11 @@ def data_section(data: Mapping[str, Any]) -> Html:
     ]
     preview = data.get("preview")
     labels = data.get("labels") or []
+    of = "words" if data.get("trained_tokens") else "rows"
     cards = [
         tag("div", _totals(data), class_="card"),
         tag("div", bars("Tokens per training example", lengths), class_="card") if lengths else None,
-        tag("div", bars("Training rows per label", _label_rows(labels)), class_="card") if labels else None,
+        tag("div", bars(f"Training {of} per label", _label_rows(labels)), class_="card") if labels else None,
     ]
     return join(
         tag("h2", "Data"),

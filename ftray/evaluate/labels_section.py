@@ -14,7 +14,7 @@ MOST_PAIRS = 12
 
 
 def labels_section(details: Mapping[str, Any]) -> Html | None:
-    """`details`: {base, tuned}, each as objectives/label_scores.py gives it; None where nothing has labels."""
+    """`details`: {base, tuned}, as label_scores.py or tag_scores.py gives it; None where nothing has labels."""
     base, tuned = details.get("base") or {}, details.get("tuned") or {}
     labels = tuned.get("labels") or []
     if not labels:
@@ -23,12 +23,13 @@ def labels_section(details: Mapping[str, Any]) -> Html | None:
     return join(
         tag("h2", "Labels"),
         tag("p", "The tuned model on the held-out rows; labels that are told worst stand first.", class_="note"),
-        tag("div", _table(labels, base.get("labels") or []), class_="card scroll"),
+        tag("div", _table(labels, base.get("labels") or [], tuned.get("of", "rows")), class_="card scroll"),
         tag("div", _picture(labels, confusion), _pairs(labels, confusion), class_="cells two") if confusion else None,
     )
 
 
-def _table(labels: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> Html:
+def _table(labels: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], of: str) -> Html:
+    """`of`: what has a label, and is counted."""
     before = {label["name"]: label["f1"] for label in base}
     lines = [
         tag(
@@ -41,7 +42,7 @@ def _table(labels: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]
         )
         for label in sorted(labels, key=lambda label: (label["f1"], label["name"]))
     ]
-    heads = ("label", "held-out rows", "precision", "recall", "F1", "F1 of the base")
+    heads = ("label", f"held-out {of}", "precision", "recall", "F1", "F1 of the base")
     head = tag("tr", *(tag("th", text, class_="n" if index else None) for index, text in enumerate(heads)))
     table = tag("table", tag("thead", head), tag("tbody", *lines))
     if len(lines) <= MOST_PAIRS:

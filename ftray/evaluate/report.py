@@ -138,7 +138,7 @@ def _head(run: Mapping[str, Any], card: Mapping[str, Any], compared: Comparison 
 def _tiles(compared: Comparison) -> Html:
     """The few numbers that most readers come for: loss, the best measure of the answers, and what it cost."""
     rows = {row.metric: row for row in compared.rows}
-    answers = next((name for name in ("f1", "json_match", "exact_match", "r2") if name in rows), None)
+    answers = next((name for name in ("entity_f1", "f1", "json_match", "exact_match", "r2") if name in rows), None)
     every = (
         "loss", "reward", "pass_at_1", "reward_accuracy", "reward_auc", answers, "accuracy", "mae", "token_accuracy",
         "general_loss",

@@ -317,11 +317,13 @@ def virtual_problems(model: Any, method: Prefix | Prompt | PTuning) -> Iterable[
 
 
 def _takes_prefix(model: Any) -> bool:
-    """PEFT gives a prefix to the model, or to the base inside, whose second output it then takes for the pooled one."""
+    """PEFT gives a prefix to the model, or to the base inside, whose second output it then takes for the pooled one if
+    the head is for a whole text."""
     if "past_key_values" in inspect.signature(model.forward).parameters:
         return True
-    inside = model.base_model
-    return "past_key_values" in inspect.signature(inside.forward).parameters and bool(getattr(inside, "pooler", None))
+    inside, head = model.base_model, head_of(model)
+    pooled = bool(getattr(inside, "pooler", None)) or (head is not None and head.task == "TOKEN_CLS")
+    return "past_key_values" in inspect.signature(inside.forward).parameters and pooled
 
 
 KINDS: dict[str, Kind] = {

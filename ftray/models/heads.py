@@ -165,14 +165,16 @@ def unwrap_heads(adapted: Any) -> None:
 def pool_where_texts_end(adapted: Any) -> None:
     """For virtual tokens before a causal base, which is given embeddings and no ids: transformers then takes the last
     position for the text's end, padding or not. Here it is the last that the mask attends to; the same for a text
-    alone. Nothing is done to a model that writes, or that reads both ways and looks at the mask.
+    alone. Nothing is done to a model that writes or says something of each token, or that reads both ways and looks at
+    the mask.
     """
     import torch
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     base, config = adapted.get_base_model(), adapted.active_peft_config
     embedded = config.is_prompt_learning and config.peft_type != "PREFIX_TUNING"
-    if not embedded or "score" not in head_modules(base):
+    head = head_of(adapted)
+    if not embedded or head is None or head.task == "TOKEN_CLS" or "score" not in head_modules(base):
         return
     as_before = base.forward
 

@@ -9,6 +9,7 @@ from ftray.objectives.ppo import Ppo
 from ftray.objectives.preferences import Dpo, Kto, Orpo
 from ftray.objectives.reward_model import RewardModel
 from ftray.objectives.rloo import Rloo
+from ftray.objectives.tags import Tags
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": Language,
@@ -23,4 +24,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ppo": Ppo,
     "classification": Labels,
     "regression": Labels,
+    "token_classification": Tags,
 }
