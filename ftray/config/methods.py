@@ -149,6 +149,17 @@ class PTuning(Section):
     width: int = Field(128, ge=1, description="of the MLP")
 
 
+class Feature(Section):
+    """The base is frozen and reads each text once; a head learns from the embeddings that it gave."""
+
+    kind: Literal["feature"] = "feature"
+    pooling: Literal["auto", "mean", "cls", "last"] = Field(
+        "auto", description="of the tokens' vectors; auto: as the base's files say, else the mean"
+    )
+    hidden: int | None = Field(None, ge=1, description="width of a layer between embedding and labels; none: none")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what each of the head's layers reads")
+
+
 Method = Annotated[
     Full
     | Freeze
@@ -164,7 +175,8 @@ Method = Annotated[
     | Bottleneck
     | Prefix
     | Prompt
-    | PTuning,
+    | PTuning
+    | Feature,
     Field(discriminator="kind"),
 ]
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from ftray.config.methods import PROMPTS, AdaLora, Freeze, Full, Lora, Method, Prefix, Tokens, shards
+from ftray.config.methods import PROMPTS, AdaLora, Feature, Freeze, Full, Lora, Method, Prefix, Tokens, shards
 from ftray.config.objectives import (
     COMPARED,
     REINFORCEMENT,
@@ -33,6 +33,7 @@ __all__ = [
     "AdaLora",
     "Auto",
     "Classification",
+    "Feature",
     "Freeze",
     "Full",
     "Lora",
@@ -387,6 +388,13 @@ def _disagreements(run: Run):
         yield "scale.gradient_checkpointing: prefix is a cache, which recomputed blocks would fill twice; use auto"
     if isinstance(method, PROMPTS) and run.data.packing == "on":
         yield f"data.packing: {method.kind} puts its tokens before each example, and packed rows have no room; use auto"
+    if isinstance(method, Feature) and run.objective.kind not in ("classification", "regression"):
+        yield (
+            f"method.kind: feature learns from one vector a text, and {run.objective.kind} needs more than that; use "
+            "objective kind: classification or regression, or another method"
+        )
+    if isinstance(method, Feature) and scale.offload != "none":
+        yield "scale.offload: feature trains a head alone, which is small; leave it out"
     if isinstance(method, Lora) and method.bits and method.init == "pissa":
         yield "method.init: pissa changes the base, which bits: keeps quantised; use default"
     parts = isinstance(method, Freeze) and (

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ftray.config.methods import Freeze, Full, Lora, Method, Prompt, Tokens, is_adapter
+from ftray.config.methods import Feature, Freeze, Full, Lora, Method, Prompt, Tokens, is_adapter
 from ftray.errors import ModelError
 from ftray.models.adapters import KINDS, Setting, begin_prompt, unknown_tokens
 from ftray.models.heads import Head, add_head, begin_head, head_parameters, pool_where_texts_end
@@ -27,6 +27,9 @@ def adapt(model: Any, method: Method, *, seed: int, fp32: bool = True, steps: in
     import torch
 
     _check(model, method)
+    if isinstance(method, Feature):
+        model.begin(seed=seed)
+        return model
     begin_head(model, seed=seed)
     if is_adapter(method):
         model = _add_adapter(model, method, seed=seed, fp32=fp32, steps=steps)
@@ -74,11 +77,13 @@ def servability(method: Method) -> str:
         return "model"
     if isinstance(method, Lora):
         return "merge" if method.dora or method.modules_to_save else "adapter"
+    if isinstance(method, Feature):
+        return "none"
     return KINDS[method.kind].served
 
 
-READ_BY_ENCODERS = ("lora", "adalora", "loha", "lokr", "ia3", "oft", "norms")
-"""Adapters whose whole state is in their file, so that the encoder engine takes them (models/encoder_files.py)."""
+READ_BY_ENCODERS = ("lora", "adalora", "loha", "lokr", "ia3", "oft", "norms", "feature")
+"""What has its whole state in its file, so that the encoder engine takes it (models/encoder_files.py)."""
 
 
 def reader_servability(method: Method, *, encoder: bool) -> str:
@@ -101,7 +106,12 @@ def default_lr(method: Method, parameters: int, *, head: bool = False) -> float:
 
     Under a `head`, which learns at the same rate, all are lower: full a third (1e-4 for a MiniLM of 23 M, 3e-5 for a
     BERT of 110 M), LoRA five times the full rate above, at most 1e-3, and none more than 5e-3.
+
+    A head alone over a frozen base takes 3e-3, with a hidden layer 1e-3: its vectors are of one size, whatever the
+    base's is.
     """
+    if isinstance(method, Feature):
+        return 1e-3 if method.hidden else 3e-3
     if method.kind in KINDS:
         return min(KINDS[method.kind].lr, 5e-3) if head else KINDS[method.kind].lr
     full = min(1e-3, max(2e-5, 1e-3 * math.sqrt(5e6 / max(parameters, 1)) ** 1.5))

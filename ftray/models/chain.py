@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from ftray.config.schema import VERSION, Model
 from ftray.errors import ModelError
+from ftray.models.feature_files import HEAD_CONFIG
 from ftray.models.merge import UNMERGEABLE, merge
 from ftray.models.save import ADAPTER_CONFIG
 from ftray.store.paths import MARKER, Storage
@@ -97,7 +98,13 @@ def _digest(version: Version) -> str:
 
 def _is_whole(version: Version, storage: Storage) -> bool:
     """A whole model; of adapters ModelError unless they can be merged."""
-    if ADAPTER_CONFIG not in storage.read_json(f"{version.key}/{MARKER}")["files"]:
+    files = storage.read_json(f"{version.key}/{MARKER}")["files"]
+    if HEAD_CONFIG in files:
+        raise ModelError(
+            f"model.base: {version.id} is a head over a frozen base, so no run can start from it; start from its own "
+            f"base {version.card.get('base')!r}"
+        )
+    if ADAPTER_CONFIG not in files:
         return True
     config = storage.read_json(f"{version.key}/{ADAPTER_CONFIG}")
     if (kind := config.get("peft_type")) in UNMERGEABLE:

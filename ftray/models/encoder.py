@@ -77,14 +77,18 @@ def load_encoder(model: Model, *, dtype: Any, device: Any = "cpu") -> Encoder:
     module = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
     positions = positions_of(module)
     made_for = _document(model, "sentence_bert_config.json").get("max_seq_length") or positions
-    modules = _document(model, "modules.json").get("modules", [])
     return Encoder(
         module=module,
-        pooling=pooling_of(_document(model, "1_Pooling/config.json"), modules) or "mean",
+        pooling=pooling_in(model) or "mean",
         positions=positions,
         max_length=min(made_for, positions),
         lacking=lacking,
     )
+
+
+def pooling_in(model: Model) -> Pooling | None:
+    """What the base's files say, as `pooling_of`."""
+    return pooling_of(_document(model, "1_Pooling/config.json"), _document(model, "modules.json").get("modules", []))
 
 
 def pooling_of(document: dict[str, Any], modules: list[dict[str, Any]]) -> Pooling | None:

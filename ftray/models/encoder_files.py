@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftray.errors import AdapterError
+from ftray.models.feature_files import HEAD, HEAD_CONFIG
 from ftray.models.save import ADAPTER, ADAPTER_CONFIG
 
 Task = Literal["embed", "classify", "classify_tokens"]
@@ -54,10 +55,10 @@ class Labels:
 
 @dataclass(frozen=True)
 class VersionFiles:
-    """What a folder holds, by its configuration and its weights' headers. `shapes`: of an adapter's tensors."""
+    """What a folder holds, by its configuration and its weights' headers. `shapes`: of what is no model."""
 
     folder: Path
-    kind: Literal["adapter", "model"]
+    kind: Literal["adapter", "model", "head"]
     task: Task
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -67,8 +68,11 @@ def look_at(folder: Path) -> VersionFiles:
     if (folder / ADAPTER_CONFIG).is_file():
         config = _object(folder / ADAPTER_CONFIG)
         return VersionFiles(folder, "adapter", _adapter_task(config), _header(folder, ADAPTER))
+    if (folder / HEAD_CONFIG).is_file():
+        _object(folder / HEAD_CONFIG)
+        return VersionFiles(folder, "head", "classify", _header(folder, HEAD))
     if not (folder / "config.json").is_file():
-        raise AdapterError("neither adapter_config.json nor config.json; it is no PEFT adapter and no model")
+        raise AdapterError("no adapter_config.json, config.json or head.json; it is no PEFT adapter, model or head")
     config = _object(folder / "config.json")
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     for name in weights or ["model.safetensors"]:

@@ -15,6 +15,7 @@ from typing import Any
 from ftray.errors import AdapterError, ModelError
 from ftray.models.encoder import Encoder, Pooling, pooling_of
 from ftray.models.encoder_files import Labels, Task, VersionFiles, read_json, read_labels
+from ftray.models.feature_files import HEAD
 from ftray.models.save import ADAPTER
 
 _AUTO_CLASSES = {
@@ -39,6 +40,8 @@ def load_version(base: Encoder, files: VersionFiles, *, trust_remote_code: bool 
     try:
         if files.kind == "adapter":
             return _load_adapter(base, files, trust_remote_code)
+        if files.kind == "head":
+            return _load_head(base, files)
         return _load_model(base, files, trust_remote_code)
     except AdapterError:
         raise
@@ -77,6 +80,22 @@ def _load_adapter(base: Encoder, files: VersionFiles, trust: bool) -> EncoderVer
     _refuse_holes(adapted, result.missing_keys)
     module = skeleton.eval().requires_grad_(False)
     return EncoderVersion(module, files.task, base.pooling, labels)
+
+
+def _load_head(base: Encoder, files: VersionFiles) -> EncoderVersion:
+    """A head over the base's own vectors; it computes in fp32, whatever the base does."""
+    from ftray.models.features import ReadingHead, load_head
+
+    config = base.module.config
+    try:
+        head, pooling = load_head(files.folder, width=config.get_text_config().hidden_size)
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+    if not all(bool(tensor.isfinite().all()) for tensor in head.state_dict().values()):
+        raise AdapterError(f"{HEAD} holds NaN or infinite numbers")
+    labels = read_labels(files.folder, count=head.outer.out_features)
+    head = head.to(next(base.module.parameters()).device)
+    return EncoderVersion(ReadingHead(base.module, pooling, head).eval(), "classify", base.pooling, labels)
 
 
 def _load_model(base: Encoder, files: VersionFiles, trust: bool) -> EncoderVersion:

@@ -73,9 +73,9 @@ def read_head(folder: Path) -> Head | None:
         return None
     document = json.loads((folder / LABELS).read_text(encoding="utf-8"))
     scoring = next(name for name, problem in _PROBLEMS.items() if problem == document["problem_type"])
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        task = json.loads(adapter.read_text(encoding="utf-8"))["task_type"]
+    says_task = [path for name in ("adapter_config.json", "head.json") if (path := folder / name).is_file()]
+    if says_task:
+        task = json.loads(says_task[0].read_text(encoding="utf-8"))["task_type"]
     else:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
         task = "TOKEN_CLS" if architectures[0].endswith("ForTokenClassification") else "SEQ_CLS"

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from ftray.config.schema import VERSION, Full, Lora, Method, Model
 from ftray.errors import ModelError
+from ftray.models.feature_files import HEAD_CONFIG
 from ftray.models.heads import pool_where_texts_end, read_head, unwrap_heads, write_head
 from ftray.models.load import fingerprint, load_base, load_tokenizer, resolve_base
 from ftray.models.save import ADAPTER_CONFIG
@@ -30,7 +31,7 @@ def load_version(
     logits are those of training. ModelError when the base is another than the adapter's (`card["base_fingerprint"]`).
     """
     tokenizer, head = load_tokenizer(_tokenizer_source(base_model, folder)), read_head(folder)
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file() and not (folder / HEAD_CONFIG).is_file():
         whole = base_model.model_copy(update={"base": str(folder), "revision": None})
         return load_base(whole, method=Full(), dtype=dtype, attention=attention, head=head).eval(), tokenizer
     expected = card.get("base_fingerprint")
@@ -39,6 +40,10 @@ def load_version(
             f"{folder.name}: trained on a base with fingerprint {expected}, but {base_model.base!r} has {found}; "
             "name the base, or the revision, that it was trained on"
         )
+    if (folder / HEAD_CONFIG).is_file():
+        from ftray.models.features import load_reading_head
+
+        return load_reading_head(base_model, folder, dtype=dtype), tokenizer
     method = TypeAdapter(Method).validate_python(card["method"]) if card.get("method") else Lora()
     base = load_base(base_model, method=method, dtype=dtype, attention=attention, head=head)
     return _with_adapter(base, folder), tokenizer
@@ -52,6 +57,11 @@ def merge(model: Model, folder: Path, out: Path, dtype: Any) -> Path:
     """
     import torch
 
+    if (folder / HEAD_CONFIG).is_file():
+        raise ModelError(
+            f"{folder.name}: is a head over a frozen base, which leaves no weight to merge; serve it as it is, on the "
+            "encoder engine, or export it"
+        )
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder}: is a whole model, there is nothing to merge; use export")
     kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")

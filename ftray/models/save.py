@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftray.config.methods import PROMPTS, AdaLora, Full, Lora, Method, Vera, is_adapter
+from ftray.config.methods import PROMPTS, AdaLora, Feature, Full, Lora, Method, Vera, is_adapter
 from ftray.errors import ModelError
 from ftray.models import adalora, virtual
 from ftray.models.adapt import pissa_start, trainable, unwrap
@@ -33,7 +33,11 @@ def save_version(model: Any, folder: Path, *, method: Method, state: Mapping[str
     lacking = trainable(model).keys() - state.keys()
     assert not lacking, f"state lacks {sorted(lacking)[:3]}"
     folder.mkdir(parents=True, exist_ok=True)
-    if is_adapter(method):
+    if isinstance(method, Feature):
+        from ftray.models.features import pooling_for, save_head
+
+        save_head(model, folder, pooling=pooling_for(model.ftray_base, method), state=state)
+    elif is_adapter(method):
         _save_adapter(model, folder, method, state)
     else:
         _save_model(model, folder, state)
@@ -48,6 +52,11 @@ def load_state_into(model: Any, folder: Path, method: Method) -> None:
     ModelError when a tensor is missing, left over, or of another shape. Whole models in 16 bits come back rounded.
     """
     model = unwrap(model)
+    if isinstance(method, Feature):
+        from ftray.models.features import read_head_into
+
+        read_head_into(model, folder)
+        return
     if isinstance(method, PROMPTS):
         live, saved = _beside_prompts(trainable(model)), virtual.read_back(model, folder / ADAPTER)
         ours = {name.replace(SAVED, "."): name for name in live}

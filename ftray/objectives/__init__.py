@@ -1,6 +1,8 @@
 """What is optimised: one file per family, one row in OBJECTIVES."""
 
+from ftray.config.schema import Feature, Method
 from ftray.objectives.distill import Distill
+from ftray.objectives.features import FeatureLabels
 from ftray.objectives.grpo import Grpo
 from ftray.objectives.labels import Labels
 from ftray.objectives.language import Language
@@ -26,3 +28,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "regression": Labels,
     "token_classification": Tags,
 }
+
+
+def objective_for(kind: str, method: Method) -> type[Objective]:
+    """The row of OBJECTIVES, unless the method decides what an example is."""
+    return FeatureLabels if isinstance(method, Feature) else OBJECTIVES[kind]

@@ -72,14 +72,18 @@ class Labels(Objective):
         )
 
     def loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits_BL = read(model, batch.texts)
+        logits_BL = self.logits(model, batch)
         return batch.weight * losses(logits_BL, batch.targets, self._head.scoring, self._balance).sum()
 
     @torch.no_grad()
     def observe(self, model: Any, batch: Batch) -> np.ndarray:
         targets = batch.targets.reshape(len(batch.targets), -1).double()
-        observed = torch.cat([read(model, batch.texts).double().cpu(), targets], 1).numpy()
+        observed = torch.cat([self.logits(model, batch).double().cpu(), targets], 1).numpy()
         return observed[: len(batch.rows)]
+
+    def logits(self, model: Any, batch: Any) -> torch.Tensor:
+        """[B, L] in fp32."""
+        return read(model, batch.texts)
 
     def scores(self, observed: np.ndarray) -> dict[str, float]:
         return label_scores.scores(observed, self._head.scoring)

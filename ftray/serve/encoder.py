@@ -29,7 +29,7 @@ from ftray.serve.reading import Batch, Reading, Waiting
 CPU_BATCH_TOKENS = 1024
 """Padded tokens of a batch: a CPU is no faster with more, and others wait meanwhile."""
 GPU_BATCH_TOKENS = 65536
-_ROOMS: Mapping[str, Room] = {"adapter": "bank", "model": "own"}
+_ROOMS: Mapping[str, Room] = {"adapter": "bank", "head": "bank", "model": "own"}
 
 
 def build_encoder_engine(serving: Serving) -> EncoderEngine:

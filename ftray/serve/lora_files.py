@@ -42,6 +42,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         if (folder / "config.json").exists():
             return {}
+        if (folder / "head.json").exists():
+            raise AdapterError("it is a head over a frozen base; serve it with engine: {kind: encoder}")
         raise AdapterError(f"{folder} has neither adapter_config.json nor config.json; publish it again")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

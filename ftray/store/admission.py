@@ -15,6 +15,7 @@ from ftray.store.localfiles import file_sha256
 from ftray.store.paths import MARKER
 
 CARD = "card.json"
+_CONFIGS = ("adapter_config.json", "config.json", "head.json")
 
 _NOT_CONTENT = {CARD, MARKER}
 _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack"}
@@ -37,14 +38,14 @@ def admit(folder: Path, card: Mapping[str, Any]) -> Content:
         raise RegistryError(f"{folder} is not a folder; publish the folder that the run saved")
     names = content_names(folder)
     problems = [*_pickled(folder, names)]
-    config_name = "adapter_config.json" if "adapter_config.json" in names else "config.json"
+    config_name = next((name for name in _CONFIGS if name in names), "config.json")
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
         problems.append("no *.safetensors file; save with safe_serialization=True")
     config: dict[str, Any] | None = None
     if config_name not in names:
         problems.append(
-            "neither adapter_config.json nor config.json; save the adapter or the model, not its tensors only"
+            "no adapter_config.json, config.json or head.json; save the adapter or the model, not its tensors only"
         )
     else:
         try:
@@ -62,6 +63,8 @@ def admit(folder: Path, card: Mapping[str, Any]) -> Content:
             )
         if config_name == "adapter_config.json":
             problems += _adapter(config, shapes)
+        if config_name == "head.json":
+            problems += _head(config, shapes)
         problems += _index(folder, names)
     if problems:
         raise RegistryError("\n".join([f"{folder} cannot be published:", *(f"  {problem}" for problem in problems)]))
@@ -142,6 +145,15 @@ def _adapter(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     if empty:
         return [f"tensor {empty[0]} is empty; under ZeRO-3 parameters must be gathered before saving"]
     return _lora(config, shapes) if config["peft_type"] == "LORA" else []
+
+
+def _head(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A head over a frozen base: from `width` numbers, perhaps through `hidden`, to `labels`."""
+    width, hidden, labels = (config.get(key) for key in ("width", "hidden", "labels"))
+    layers = {"outer.weight": (labels, hidden or width), "outer.bias": (labels,), "mean": (width,), "scale": ()}
+    if hidden is not None:
+        layers |= {"inner.weight": (hidden, width), "inner.bias": (hidden,)}
+    return [] if layers == dict(shapes) else ["the tensors are not those that head.json says; save the head again"]
 
 
 def _lora(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ftray.config.schema import Lora, Run
+from ftray.config.schema import Feature, Lora, Run
 from ftray.evaluate.compare import Scores
 from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
@@ -140,8 +140,8 @@ class Solo(Worker):
 
     def _base(self):
         """The base as it was loaded: frozen weights are shared between trials, weights that change are copied."""
-        if self.layout.zero == 3 or getattr(self.run.method, "bits", None):
-            return super()._base()  # DeepSpeed and bitsandbytes change the weights' own tensors
+        if self.layout.zero == 3 or getattr(self.run.method, "bits", None) or isinstance(self.run.method, Feature):
+            return super()._base()  # DeepSpeed and bitsandbytes change the weights' own tensors; a feature head is new
         model, layout = self.run.model.model_dump(), self.layout
         key = json.dumps([model, layout.dtype, layout.attention], sort_keys=True)
         if key not in self.bench.bases:

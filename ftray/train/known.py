@@ -6,11 +6,11 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftray.config.methods import PROMPTS
+from ftray.config.methods import PROMPTS, Feature
 from ftray.config.schema import Model, Run, Source
 from ftray.data import sources
 from ftray.data.prepare import Prepared, prepare
@@ -76,7 +76,7 @@ class Known:
         every = [load.meta_model(one) for one in (config, other) if one is not None] if head is None else []
         return cls(
             base=load.fingerprint(run.model),
-            shape=Shape.from_config(config, head=head),
+            shape=_shape(run, config, head),
             packs=head is None and all(map(attention.supports_packing, every)),
             data=data,
             head=head,
@@ -88,7 +88,7 @@ class Known:
 
 def check_method(run: Run, config: Any, tokenizer: Any = None) -> None:
     """ModelError where the run's method does not fit its base, with whatever head its objective needs."""
-    from ftray.models import adapt
+    from ftray.models import adapt, load
     from ftray.objectives import OBJECTIVES
 
     if run.objective.kind == "reward" and is_encoder(config):
@@ -97,7 +97,21 @@ def check_method(run: Run, config: Any, tokenizer: Any = None) -> None:
             "take the causal model that is to be the policy"
         )
     head = OBJECTIVES[run.objective.kind].head(run.objective, ("0", "1"))  # how many labels does not matter here
+    if isinstance(run.method, Feature) and not is_encoder(config):
+        load.meta_model(config)  # else the base must write
     adapt.check_method(config, run.method, tokenizer, head=head)
+
+
+def _shape(run: Run, config: Any, head: Head | None) -> Shape:
+    """The base's, with the head that it reads under."""
+    shape = Shape.from_config(config, head=head)
+    if not isinstance(run.method, Feature):
+        return shape
+    from ftray.models.features import head_params
+
+    assert head is not None
+    own = head_params(shape.hidden_size, len(head.labels), run.method)
+    return replace(shape, parameters=shape.parameters - shape.head_params, head_params=own)
 
 
 def check_lengths(model: Any, data: Prepared, *, virtual: int = 0) -> None:

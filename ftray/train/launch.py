@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftray.config import load
-from ftray.config.schema import Run
+from ftray.config.schema import Feature, Run
 from ftray.data.order import epoch_rows
 from ftray.data.report import DataReport
 from ftray.errors import ConfigError, FtrayError, ModelError, Stopped
@@ -229,7 +229,18 @@ def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
         "checkpoint_every": schedule.checkpoint_every,
         "eval_every": schedule.eval_every,
     }
+    if isinstance(run.method, Feature):
+        settings["features"] = _features(run, known, layout)
     return CheckResult(run.model_dump(mode="json"), known.data.report, predicted, layout, schedule, settings)
+
+
+def _features(run: Run, known: Known, layout: Layout) -> str:
+    from ftray.train import features
+
+    storage = Storage(run.storage)
+    model = chain.found(run.model, storage)
+    stores = [known.data.train, known.data.eval]
+    return features.told(run, storage, stores=stores, model=model, base=known.base, dtype=layout.dtype)
 
 
 def _finished(run: Run, folder: RunFolder, began: float) -> Outcome | None:

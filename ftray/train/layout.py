@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+READ_TOKENS = {"cpu": 1024, "cuda": 32768}
+"""Padded tokens that a frozen base reads at once, by device; a CPU is no faster with more."""
+
 
 @dataclass(frozen=True)
 class Layout:

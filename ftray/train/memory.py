@@ -15,6 +15,7 @@ from ftray.config.methods import (
     PROMPTS,
     AdaLora,
     Bottleneck,
+    Feature,
     Freeze,
     Full,
     Ia3,
@@ -31,7 +32,7 @@ from ftray.config.methods import (
     Vera,
     is_adapter,
 )
-from ftray.train.layout import Layout
+from ftray.train.layout import READ_TOKENS, Layout
 
 if TYPE_CHECKING:  # it would bring in torch
     from ftray.models.load import Shape
@@ -83,6 +84,8 @@ def learning(shape: Shape, method: Method) -> Learning:
 
     A head that reads learns with every method; adapters put a copy of it beside the base.
     """
+    if isinstance(method, Feature):  # the head alone; the base reads a block at a time and keeps nothing
+        return _over({}, shape.head_params, shape.head_params, shape.head_params, 1)
     learns = _learning(shape, method)
     if not shape.head_params or isinstance(method, Full):
         return learns
@@ -235,6 +238,8 @@ def predict(shape: Shape, *, method: Method, layout: Layout, optimizer: str, max
     learns, width = learning(shape, method), WIDTH[layout.dtype]
     virtual = method.tokens if isinstance(method, PROMPTS) else 0
     tokens = layout.micro_batch_size * layout.sequences * (max_length + virtual)
+    if isinstance(method, Feature):
+        tokens = max(max_length, READ_TOKENS[layout.device])
     share = layout.workers if layout.zero else 1
     bits = getattr(method, "bits", None)
     autocast = _autocasts(layout)

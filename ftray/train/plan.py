@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ftray.config.methods import AdaLora, Lora, Method, Prefix, is_adapter, shards
+from ftray.config.methods import AdaLora, Feature, Lora, Method, Prefix, is_adapter, shards
 from ftray.train.layout import Layout, Node
 from ftray.train.memory import GIB, Memory, learning, predict
 
@@ -19,6 +19,7 @@ USABLE = 0.9  # of a device's memory; the rest is lost to fragments and to what 
 MFU = 0.35  # of the peak, as torchtitan reports for Llama-3.1-8B on H100 (33-39 %)
 FP32_SLOWDOWN = 15  # against bf16: fp32 does without tensor cores (H100: 67 TFLOP/s, A100: 19.5)
 QUANTISED_SLOWDOWN = 1.3  # torchtune: 3083 tokens/s with LoRA, 2413 with QLoRA
+HEAD_STEP_S = 0.003  # a step of a head alone, which is the loop around it
 CPU_FLOPS = 30e9  # a core in fp32, from start to end of a step; forward and backward alone reach 66
 PEAK_FLOPS = {  # dense bf16 (T4 and V100: fp16), from the vendors' data sheets
     "B300": 2250e12, "B200": 2250e12, "GB200": 2500e12, "GH200": 989e12, "H200": 989e12, "H100": 989e12, "H800": 989e12,
@@ -135,6 +136,8 @@ def step_seconds(shape: Shape, *, method: Method, layout: Layout, tokens: int, d
     that learns: 6N in full training (Kaplan et al. 2020, arXiv 2001.08361), about 4N with LoRA, whose base has none;
     2N more where checkpointing computes blocks again. Attention scores are left out: small at usual lengths.
     """
+    if isinstance(method, Feature):
+        return HEAD_STEP_S
     learns = learning(shape, method)
     head = shape.head_params or shape.embedding_params  # as large as the table, where the model writes
     flowing = head + shape.linear_params * learns.depth / shape.layers

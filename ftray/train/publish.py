@@ -91,10 +91,8 @@ def _comparison(run: Run, storage: Storage, folder: RunFolder) -> Comparison:
 
 
 def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
-    served = servability(run.method)
     reads: dict[str, Any] = {}
     if run.objective.reads:
-        served = reader_servability(run.method, encoder=known.encoder)
         reads = {"task": known.head.task, "labels": list(known.head.labels), "scoring": known.head.scoring}
     return {
         "run": run.name,
@@ -104,7 +102,7 @@ def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
         **({"lineage": list(known.lineage)} if known.lineage else {}),
         "method": run.method.model_dump(mode="json"),
         "objective": run.objective.model_dump(mode="json"),
-        "servability": served,
+        "servability": _served(run, known),
         "data": {"digest": known.data.report.digest, "sources": [source.path for source in run.data.sources]},
         "seed": run.seed,
         "steps": checked.schedule.steps,
@@ -116,6 +114,12 @@ def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
         "packages": {name: installed(name) for name in PACKAGES},
         **reads,
     }
+
+
+def _served(run: Run, known) -> str:
+    if run.objective.reads:
+        return reader_servability(run.method, encoder=known.encoder)
+    return servability(run.method)
 
 
 def _by_part(ranks: dict[str, int]) -> dict[str, list[int]]:

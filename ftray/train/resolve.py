@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ftray.config.methods import PROMPTS, Method, Prefix, shards
+from ftray.config.methods import PROMPTS, Feature, Method, Prefix, shards
 from ftray.config.schema import Run, Scale
 from ftray.errors import ClusterError, ConfigError, ModelError
 from ftray.models.load import Shape
@@ -101,7 +101,7 @@ def _zero(run: Run, layout: Layout, shape: Shape, memory: int) -> int:
     if scale.offload != "none":
         return 3 if scale.offload == "nvme" else 2
     least = 1 if layout.dtype == "fp16" else 0
-    if scale.most == 1:
+    if scale.most == 1 or isinstance(run.method, Feature):
         return least
     if memory and shards(run.method) and not getattr(run.method, "bits", None):
         used = plan.predict(
@@ -120,6 +120,9 @@ def _sized(run: Run, layout: Layout, shape: Shape, memory: int, method: Method) 
     """Micro-batch size and gradient checkpointing: the largest that is predicted to fit; on CPUs what caches like."""
     each = -(-run.optim.batch_size * run.objective.per_row // layout.workers)
     micro, checkpointing = run.optim.micro_batch_size, run.scale.gradient_checkpointing
+    if isinstance(method, Feature):
+        chosen = each if micro == "auto" else micro  # of vectors, which are small
+        return replace(layout, micro_batch_size=chosen, gradient_checkpointing=False)
     if isinstance(method, Prefix):
         checkpointing = False  # its keys and values are a cache, which recomputing a block would fill again
     if not memory:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftray.config.schema import AdaLora, Lora, Run
+from ftray.config.schema import AdaLora, Feature, Lora, Run
 from ftray.errors import FtrayError, ModelError, TrainError
 from ftray.models import leave_out_bitsandbytes
 from ftray.train import notice
@@ -72,7 +72,7 @@ class Worker:
         import torch.distributed as dist
 
         from ftray.models import chain
-        from ftray.objectives import OBJECTIVES
+        from ftray.objectives import objective_for
         from ftray.store.checkpoints import Checkpoints
         from ftray.train.deepspeed import init_distributed
         from ftray.train.keeper import Keeper
@@ -91,7 +91,8 @@ class Worker:
         self.windows = Windows(self.data.train, [source.weight for source in run.data.sources], self.schedule)
         if (halved := self._kept("micro.json")) is not None:
             self.layout = replace(self.layout, micro_batch_size=min(halved, self.layout.micro_batch_size))
-        self.objective = OBJECTIVES[run.objective.kind](run.objective, packed=self.layout.packing, data=self.data)
+        objective = objective_for(run.objective.kind, run.method)
+        self.objective: Any = objective(run.objective, packed=self.layout.packing, data=self.data)
         self.keeper = Keeper(
             Checkpoints(storage, folder.name, job.born),
             keep=run.scale.keep_checkpoints,
@@ -188,6 +189,9 @@ class Worker:
             assert layout.nvme_path  # the schema asks for it
             make_nvme_ready(layout.nvme_path)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[layout.dtype]
+        if isinstance(run.method, Feature):  # the base alone reads in 16 bits
+            self.dtype = torch.float32
+            self.objective.vectors = self._vectors(run.method)
         if layout.zero == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
@@ -235,6 +239,19 @@ class Worker:
         )
         stores = [self.data.eval] if self.job.version_key else [self.data.train, self.data.eval]
         self.objective.begin(model, method=run.method, stores=stores, figures=self._figures)
+
+    def _vectors(self, method: Feature):
+        from ftray.train import features
+
+        model, layout = self.run.model, self.layout
+        return features.gather(
+            features.vector_store(self.storage, model, method, base=self.job.base, dtype=layout.dtype),
+            [self.data.train, self.data.eval],
+            load=features.reading(model, method, layout=layout, device=self.device),
+            device=layout.device,
+            log=self.log,
+            beat=lambda: self.watchdog.beat(),
+        )
 
     def _figures(self, store, observe):
         """What is observed on every row of a store: from the run's folder, or now, and kept there."""
