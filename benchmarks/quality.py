@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --data ../shared/data            # everything; hours of one core, half on two
     python benchmarks/quality.py --only banking77 wnut17
+    python benchmarks/quality.py --match '*-feature'
     python benchmarks/quality.py --markdown                       # the table as docs/methods.md has it
 
 Each line is a run of `ftray train` in a process of its own. Runs are kept in --store by name, so what is finished is
@@ -22,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ def main() -> None:
     lines = []
     for part in args.only:
         for setting in PARTS[part](Path(args.data).resolve(), store):
+            if args.match and not fnmatchcase(setting.name, args.match):
+                continue
             lines.append(line_of(setting, store))
             print(shown(lines[-1]), file=sys.stderr, flush=True)
     if args.json:
@@ -80,6 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default=str(ROOT / "../shared/data"), help="folder of the data sets")
     parser.add_argument("--store", default="quality-store", help="where runs and their versions are kept")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the table")
+    parser.add_argument("--match", help="lines whose name fits this pattern, e.g. '*-feature'")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()

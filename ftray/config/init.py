@@ -28,6 +28,7 @@ STARTERS: dict[str, dict[str, Any]] = {
     "prompt": {"method": {"kind": "prompt", "tokens": 20}},
     "p_tuning": {"method": {"kind": "p_tuning", "tokens": 20}},
     "full": {"method": {"kind": "full"}},
+    "feature": {"method": {"kind": "feature"}, "objective": {"kind": "classification"}},
     "dpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "dpo"}},
     "orpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "orpo"}},
     "kto": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "kto"}},

@@ -257,6 +257,8 @@ def gathered(mine: Any) -> list[Any]:
 
 def summed(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """The sum over all workers, on the CPU."""
+    if dist.get_world_size() == 1:
+        return tensor
     tensor = tensor.to(device)
     dist.all_reduce(tensor)
     return tensor.cpu()

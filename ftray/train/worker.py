@@ -181,6 +181,7 @@ class Worker:
         from ftray.train.deepspeed import build_engine, deepspeed_config
         from ftray.train.measure import Meter
         from ftray.train.nvme import make_nvme_ready
+        from ftray.train.plain_engine import PlainEngine
         from ftray.train.ranks import RankBudget
 
         run, layout = self.run, self.layout
@@ -214,9 +215,11 @@ class Worker:
         self.model, self.learnt = model, trainable(model)
         self.judges: dict[str, Any] = {}
         self.named = self.learnt | beside
-        self.engine = build_engine(
-            whole, named=self.named, layout=layout, optim=run.optim, lr=self.schedule.lr, dtype=self.dtype
-        )
+        built = {"named": self.named, "layout": layout, "optim": run.optim, "lr": self.schedule.lr}
+        if isinstance(run.method, Feature) and not layout.zero:
+            self.engine: Any = PlainEngine(whole, **built)
+        else:
+            self.engine = build_engine(whole, **built, dtype=self.dtype)
         self.model.train()
         self.ranks = None
         if isinstance(run.method, AdaLora):
@@ -352,7 +355,9 @@ class Worker:
         began = time.monotonic()
         self.watchdog.beat()
         rate = self.schedule.lr_at(step)
-        torch.manual_seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)  # dropout, whatever came before
+        # dropout, whatever came before; torch.manual_seed notes a traceback where there is no GPU, 1 ms each time
+        seed = torch.default_generator.manual_seed if self.layout.device == "cpu" else torch.manual_seed
+        seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)
         micros, sums, loss = [], [], 0.0
         try:
             store, parts = self.objective.lessons(step, self.windows.rows(step))
