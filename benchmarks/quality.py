@@ -161,7 +161,7 @@ def feedback(data: Path, store: Path) -> Iterator[Setting]:
             "data": rows,
             "method": {"kind": "lora", "rank": 16},
             "objective": {"kind": "reward"},
-            "optim": {"steps": 150, "batch_size": 32},
+            "optim": {"steps": 60, "batch_size": 16},
             "evaluate": measured,
         },
         metric="reward_auc",
@@ -179,7 +179,7 @@ def feedback(data: Path, store: Path) -> Iterator[Setting]:
                 "epochs": 2,
                 "minibatches": 2,
             },
-            "optim": {"steps": 40, "batch_size": 32, "lr": 2e-4},
+            "optim": {"steps": 24, "batch_size": 16, "lr": 5e-4},
             "evaluate": judged,
         },
         metric="judge_score",
@@ -191,7 +191,7 @@ def feedback(data: Path, store: Path) -> Iterator[Setting]:
             "data": rows,
             "method": {"kind": "lora", "rank": 16},
             "objective": {"kind": "kto", "undesirable_weight": 6.0},
-            "optim": {"steps": 80, "batch_size": 32, "lr": 5e-4},
+            "optim": {"steps": 30, "batch_size": 16, "lr": 1e-3},
             "evaluate": judged,
         },
         metric="judge_score",
@@ -200,18 +200,19 @@ def feedback(data: Path, store: Path) -> Iterator[Setting]:
 
 def gsm8k(data: Path, store: Path) -> Iterator[Setting]:
     """Right and wrong solutions of the same grade-school problems (arXiv 2110.14168), with builtin:tiny."""
-    for kind, steps in (("dpo", 60), ("reward", 100)):
+    for kind, steps in (("dpo", 30), ("reward", 30)):
         yield Setting(
             name=f"gsm8k-{kind}",
             run={
                 "data": {
                     "sources": str(data / "gsm8k" / "preferences.train.jsonl"),
                     "eval_sources": str(data / "gsm8k" / "preferences.test.jsonl"),
+                    "eval_rows": 100,
                     "max_length": 512,
                 },
                 "method": {"kind": "lora", "rank": 16},
                 "objective": {"kind": kind},
-                "optim": {"steps": steps, "batch_size": 16},
+                "optim": {"steps": steps, "batch_size": 8},
                 "evaluate": {"every": 0, "forgetting": False, "generate_rows": 0},
             },
             metric="reward_accuracy",

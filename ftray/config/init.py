@@ -32,6 +32,7 @@ STARTERS: dict[str, dict[str, Any]] = {
     "dpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "dpo"}},
     "orpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "orpo"}},
     "kto": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "kto"}},
+    "reward": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "reward"}},
     "pretrain": {"method": {"kind": "full"}, "objective": {"kind": "pretrain"}, "evaluate": {"generate_rows": 0}},
     "classification": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "classification"}},
     "regression": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "regression"}},

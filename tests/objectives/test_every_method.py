@@ -40,6 +40,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {},
     "orpo": {},
     "kto": {},
+    "reward": {},
     "grpo": SAMPLING,
     "rloo": SAMPLING,
     "ppo": SAMPLING,
@@ -48,7 +49,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 SAMPLED = ("grpo", "rloo", "ppo")
 STEPS = {"grpo": 3, "rloo": 3, "ppo": 3, "kto": 20}
-READING = ("classification", "regression")
+READING = ("classification", "regression", "reward")
 MERGED = {"lora", "adalora", "loha", "lokr", "ia3", "oft", "vera", "norms", "tokens"}
 CASES = [(method, objective) for objective in OBJECTIVES for method in METHODS]
 REFUSED = {("tokens", objective) for objective in READING}
@@ -79,6 +80,7 @@ FILES = {
     "dpo": "pairs",
     "orpo": "pairs",
     "kto": "judged",
+    "reward": "pairs",
     "classification": "labelled",
     "regression": "numbers",
 }

@@ -8,22 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftray.config.methods import (
-    AdaLora,
-    Bottleneck,
-    Freeze,
-    Full,
-    Ia3,
-    LoHa,
-    LoKr,
-    Lora,
-    Norms,
-    Oft,
-    Prefix,
-    Prompt,
-    PTuning,
-    Vera,
-)
+from ftray.config.methods import AdaLora, Freeze, Full, Lora, Prompt
 from ftray.config.objectives import RewardModel as Section
 from ftray.data.tokens import TokenStore, TokenWriter
 from ftray.models.adapt import adapt, trainable
@@ -159,23 +144,7 @@ def test_pairs_cost_what_trls_cost(base, tmp_path, center, margins):
 
 @pytest.mark.parametrize(
     "method",
-    [
-        Full(),
-        Freeze(last_layers=1),
-        Lora(rank=4),
-        Lora(rank=4, init="pissa"),
-        AdaLora(rank=2),
-        LoHa(rank=4),
-        LoKr(rank=4),
-        Ia3(),
-        Oft(block=16),
-        Vera(rank=16),
-        Norms(),
-        Bottleneck(size=8),
-        Prefix(tokens=4),
-        Prompt(tokens=4),
-        PTuning(tokens=4, width=16),
-    ],
+    [Full(), Freeze(last_layers=1), Lora(rank=4), Lora(rank=4, init="pissa"), AdaLora(rank=2), Prompt(tokens=4)],
     ids=lambda method: method.kind + (".pissa" if getattr(method, "init", "") == "pissa" else ""),
 )
 def test_a_method_learns_rewards_and_is_read_back_as_it_was(base, store, tmp_path, method):
