@@ -221,7 +221,8 @@ def _run(values: dict[str, Any], known: dict[str, Any], workers: int) -> list[di
     for name in ("before", "after"):
         if (measured := worker._kept(f"{name}.json")) is not None:
             rows.append({"kind": name, **measured})
-    rows.append({"kind": "logits", "values": _logits(worker.model)})
+    if run.method.kind != "feature":  # a head alone reads no tokens
+        rows.append({"kind": "logits", "values": _logits(worker.model)})
     worker.engine.destroy()
     return rows
 

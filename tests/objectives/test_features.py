@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from rollout_drill import run_all
-from rollout_drill import write_base as write_causal
+from run_drill import run_all
+from run_drill import write_base as write_causal
 from safetensors.torch import load_file, save_file
 
 from ftray.config.schema import Feature, Model, Run
