@@ -36,13 +36,3 @@ class HeadFile:
         if pooling not in ("mean", "cls", "last") or not all(type(number) is int and number > 0 for number in numbers):
             raise ModelError(f"{HEAD_CONFIG}: its pooling, width, hidden and labels do not describe a head")
         return cls(pooling, document["width"], hidden, document["labels"])
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What head.safetensors holds."""
-        inner = {} if self.hidden is None else _layer("inner", self.width, self.hidden)
-        outer = _layer("outer", self.hidden or self.width, self.labels)
-        return {"mean": (self.width,), "scale": (), **inner, **outer}
-
-
-def _layer(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
