@@ -36,12 +36,14 @@ SAMPLE_S = 1.0
 
 @dataclass(frozen=True)
 class Setting:
-    """One run, and the score that its line shows. `target`: what is expected of it, or None."""
+    """One run, and the score that its line shows. `target`: what is expected of it, or None. `script`: another program
+    that is given `run` and prints {score, trained}, in place of `ftray train`."""
 
     name: str
     run: dict[str, Any]
     metric: str
     target: float | None = None
+    script: str | None = None
 
 
 @dataclass
@@ -219,10 +221,39 @@ def gsm8k(data: Path, store: Path) -> Iterator[Setting]:
         )
 
 
+def wnut17(data: Path, store: Path) -> Iterator[Setting]:
+    """Entities of six kinds in noisy text (WNUT 2017), and the same settings under transformers' Trainer alone."""
+    folder, common = data / "wnut17", {"epochs": 5, "batch_size": 32}
+    rates = {"full": 1e-4, "lora": 1e-3}
+    for name, lr in rates.items():
+        yield Setting(
+            name=f"wnut17-{name}",
+            run={
+                "model": {"base": minilm()},
+                "data": {
+                    "sources": str(folder / "train.conll"),
+                    "eval_sources": str(folder / "test.conll"),
+                    "eval_rows": 5000,
+                    "max_length": 128,
+                    "clean": {"duplicates": "keep"},
+                },
+                "method": {"kind": name},
+                "objective": {"kind": "token_classification"},
+                "optim": {"lr": lr, **common},
+                "evaluate": {"every": 0, "gate": ["entity_f1 > base"]},
+            },
+            metric="entity_f1",
+        )
+    files = {"train": str(folder / "train.conll"), "test": str(folder / "test.conll"), "out": str(store / "plain")}
+    plain = {"base": minilm(), **files, "max_length": 128, "lr": rates["full"], "seed": 42, **common}
+    yield Setting("wnut17-plain-full", plain, "entity_f1", script="plain_tagger.py")
+
+
 PARTS: dict[str, Callable[[Path, Path], Iterator[Setting]]] = {
     "banking77": banking77,
     "feedback": feedback,
     "gsm8k": gsm8k,
+    "wnut17": wnut17,
 }
 
 
@@ -258,8 +289,22 @@ def line_of(setting: Setting, store: Path) -> Line:
     kept = store / "lines" / f"{setting.name}.json"
     if kept.is_file():
         return Line(**json.loads(kept.read_text()))
+    kept.parent.mkdir(exist_ok=True)
     began = time.monotonic()
     outcome, peak = trained(setting, store)
+    if setting.script:
+        line = Line(
+            name=setting.name,
+            metric=setting.metric,
+            base=None,
+            tuned=outcome["score"],
+            seconds=time.monotonic() - began,
+            peak_mb=peak / 1e6,
+            trained=outcome["trained"],
+            servability="–",
+        )
+        kept.write_text(json.dumps(asdict(line)))
+        return line
     version = store / "adapters" / setting.name / outcome["version"].partition("@")[2]
     before, after = outcome["comparison"]["before"], outcome["comparison"]["after"]
     line = Line(
@@ -274,21 +319,23 @@ def line_of(setting: Setting, store: Path) -> Line:
         target=setting.target,
         more={name: value for name, value in after.items() if isinstance(value, float)},
     )
-    kept.parent.mkdir(exist_ok=True)
     kept.write_text(json.dumps(asdict(line)))
     return line
 
 
 def trained(setting: Setting, store: Path) -> tuple[dict[str, Any], int]:
-    """`ftray train` of the setting: its outcome, and the most bytes that its processes held together."""
+    """`ftray train` of the setting, or its script: the outcome, and the most bytes that its processes held together."""
     file = store / f"{setting.name}.yaml"
     scale = {"address": "local", **setting.run.get("scale", {})}
+    command = ["-m", "ftray.cli", "train", str(file), "--json"]
+    if setting.script:
+        command = [str(ROOT / "benchmarks" / setting.script), json.dumps(setting.run)]
     file.write_text(json.dumps({"name": setting.name, "storage": str(store), **setting.run, "scale": scale}))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
     log = store / f"{setting.name}.log"
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ftray.cli", "train", str(file), "--json"],
+            [sys.executable, *command],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -302,7 +349,7 @@ def trained(setting: Setting, store: Path) -> tuple[dict[str, Any], int]:
     said = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"{setting.name} ended with code {process.returncode}:\n{log.read_text()[-3000:]}")
-    return json.loads(said), peak
+    return json.loads(said if setting.script is None else said.splitlines()[-1]), peak
 
 
 def weights_in(version: Path) -> int:
