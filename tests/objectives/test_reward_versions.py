@@ -23,7 +23,9 @@ from ftray.objectives.rewards import Answered, Rewards
 from ftray.objectives.worth import Worth
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
+from ftray.store.runs import RunFolder
 from ftray.train.known import Known
+from ftray.train.publish import _comparison
 from tests.models.conftest import write_base as write_other_base
 
 LIKED = 9
@@ -89,6 +91,18 @@ def test_what_cannot_score_is_refused_before_anything_starts(rollout_folder, lik
         Known.of(judged, storage)
 
 
+def test_an_encoder_is_no_base_of_a_reward_model():
+    from transformers import BertConfig
+
+    from ftray.train.known import check_method
+
+    asked = Run.model_validate({"name": "a", "data": {"sources": "a"}, "objective": {"kind": "reward"}})
+    with pytest.raises(
+        ModelError, match="is an encoder, and a reward model reads what a policy writes; take the causal"
+    ):
+        check_method(asked, BertConfig())
+
+
 def test_the_plan_counts_a_reward_model(rollout_folder, liking):
     storage = Storage(str(rollout_folder / "store"))
     model = reward.load("liking", storage, dtype=torch.float32)
@@ -151,6 +165,18 @@ def test_texts_are_worth_the_same_alone_and_together(rollout_folder, liking):
 
 def test_a_win_is_a_higher_score_and_a_tie_is_half():
     assert win_rate([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, -1.0]) == 2.5 / 4
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_report_counts_wins_over_the_base_and_the_gate_holds_them(rollout_folder, tmp_path, judged):
+    storage, folder = Storage(str(tmp_path)), RunFolder(Storage(str(tmp_path)), "judged")
+    for name, worth in (("before", [0.0, 2.0, 4.0, -1.0]), ("after", [1.0, 2.0, 3.0, 0.0])):
+        answers = [{"worth": one if judged else None} for one in worth]
+        storage.write_json(f"{folder.key}/{name}.json", {"scores": {"judge_score": sum(worth) / 4}, "answers": answers})
+    gate = ["win_rate >= 0.6", "win_rate > base", "judge_score > base"]
+    found = _comparison(run(rollout_folder, evaluate={"gate": gate}), storage, folder)
+    assert (found.before.win_rate, found.after.win_rate) == ((0.5, 0.625) if judged else (None, None))
+    assert [rule.passed for rule in found.gate] == [judged, judged, True]
 
 
 def test_runs_learn_what_a_reward_version_likes_and_are_judged_by_it(rollout_folder, liking):
