@@ -7,10 +7,11 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -182,9 +183,12 @@ def stand_still() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing but our own lines on the terminal: libraries log to Ray's files."""
+    """Nothing but our own lines on the terminal: libraries log to Ray's files.
+
+    What one prints while it is imported, as DeepSpeed does, goes to stderr: stdout is for `--json`.
+    """
     for name in ("ray", "ray.train", "ray.data", "transformers", "datasets", "deepspeed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         yield
