@@ -141,10 +141,6 @@ class Encoder:
         self._add_questions(encoded, prompts)
         return encoded
 
-    def check(self, train: TokenStore) -> list[str]:
-        """Notes on what is left to train on. Raises DataError where an objective cannot learn from it."""
-        return []
-
     def preview(self, store: TokenStore, row: int) -> str:
         """An example as people read it, with the trained tokens marked."""
         return marked_text(self.tokenizer, store.ids(row), store.trained(row))
@@ -154,7 +150,7 @@ class Encoder:
         return ()
 
     def notes(self, train: TokenStore, held_out: TokenStore) -> Iterable[str]:
-        """What a user may want to know of what is kept about the examples."""
+        """What a user may want to know of the examples. Raises DataError where an objective cannot learn from them."""
         return ()
 
     def _pieces(self, example: Example) -> list[list[Piece]]:

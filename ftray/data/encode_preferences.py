@@ -13,8 +13,7 @@ stands alone, `good` is -1 in pairs, and column `margin` is how far apart a pair
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,7 +117,7 @@ class JudgedEncoder(AnswerEncoder):
     def _columns(self, kept):
         return {"good": np.array([bool(item.example.good) for item, _ in kept], np.int8)}
 
-    def check(self, train: TokenStore) -> list[str]:
+    def notes(self, train: TokenStore, held_out: TokenStore) -> Iterator[str]:
         good = int(train.column("good").sum())
         bad = len(train) - good
         if not good or not bad:
@@ -128,10 +127,9 @@ class JudgedEncoder(AnswerEncoder):
                 "the right column with columns: {label: …}, or use sft for good ones alone"
             )
         more, fewer, weight = (good, bad, "undesirable") if good > bad else (bad, good, "desirable")
-        if more <= 4 / 3 * fewer:
-            return []
-        counts = f"{good:,} good and {bad:,} bad answers"
-        return [f"note: {counts}; they weigh alike with objective.{weight}_weight: {more / fewer:.2g}"]
+        if more > 4 / 3 * fewer:
+            counts = f"{good:,} good and {bad:,} bad answers"
+            yield f"note: {counts}; they weigh alike with objective.{weight}_weight: {more / fewer:.2g}"
 
     def preview(self, store: TokenStore, row: int) -> str:
         return f"{'good' if store.column('good')[row] else 'bad'}: {super().preview(store, row)}"
@@ -150,7 +148,7 @@ class RewardEncoder(AnswerEncoder):
             "margin": np.array([item.example.margin for item, _ in kept], np.float32),
         }
 
-    def check(self, train: TokenStore) -> list[str]:
+    def notes(self, train: TokenStore, held_out: TokenStore) -> Iterable[str]:
         good = np.asarray(train.column("good"))
         if len(set(good.tolist()) - {-1}) == 1 and not (good < 0).any():
             kind = "good" if good[0] else "bad"
@@ -158,7 +156,7 @@ class RewardEncoder(AnswerEncoder):
                 f"all {len(train):,} answers to learn from are {kind}, and a reward model tells both apart; add the "
                 "others, name the right column with columns: {label: …}, or learn from pairs"
             )
-        return []
+        return ()
 
     def preview(self, store: TokenStore, row: int) -> str:
         if store.column("cut")[row]:
@@ -182,8 +180,12 @@ def _untrained(messages: list[dict], count: int) -> list[dict]:
     ]
 
 
+def halves(store: TokenStore, row: int) -> list[Side]:
+    """The chosen and the rejected answer of a pair, each after its prompt."""
+    ids, trained, cut = store.ids(row), store.trained(row), int(store.column("cut")[row])
+    return [Side(ids[:cut], trained[:cut]), Side(ids[cut:], trained[cut:])]
+
+
 def _pair_text(tokenizer: Any, store: TokenStore, row: int) -> str:
-    ids, trained = store.ids(row), store.trained(row)
-    ends = [0, int(store.column("cut")[row]), len(ids)]
-    chosen, rejected = (marked_text(tokenizer, ids[a:b], trained[a:b]) for a, b in pairwise(ends))
+    chosen, rejected = (marked_text(tokenizer, *side) for side in halves(store, row))
     return f"chosen: {chosen}\nrejected: {rejected}"

@@ -166,7 +166,6 @@ def _write(build: Build, map_chunks: MapChunks, folder: Path, digest: str) -> No
             rows = [(place.source, writer.file_number(place.file), place.line) for place in encoded.places]
             writer.extend(encoded.ids, encoded.trained, encoded.lengths, rows, encoded.columns, encoded.streams)
     build.check()
-    notes = encoder.check(TokenStore.open(folder / "train"))
     questions = [
         Question(a.ids, a.answer, f"{a.place.file}:{a.place.line}", build.labels[a.place.source], a.shots)
         for a in asked
@@ -176,7 +175,6 @@ def _write(build: Build, map_chunks: MapChunks, folder: Path, digest: str) -> No
     report = _report(
         build, folder, digest, questions=sum(a.shots is None for a in asked), seconds=time.monotonic() - started
     )
-    report = replace(report, notes=(*report.notes, *notes))
     (folder / "report.json").write_text(json.dumps(report.to_json(), ensure_ascii=False), encoding="utf-8")
     (folder / COMPLETE).write_text(json.dumps({"digest": digest, "version": CODE_VERSION}), encoding="utf-8")
 

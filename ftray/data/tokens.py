@@ -126,7 +126,7 @@ class TokenStore:
         self._rows = np.load(self.folder / "rows.npy", mmap_mode="r")
         self._ids = _map(self.folder / "ids.bin", np.dtype(self._meta["dtype"]))
         self._trained = _map(self.folder / "trained.bin", np.dtype(np.bool_))
-        self._streams: dict[str, np.ndarray] = {}
+        self._beside: dict[str, np.ndarray] = {}
         if not len(self._ids) == len(self._trained) == self.tokens:
             raise DataError(
                 f"{self.folder}: the token store is cut off ({len(self._ids)} of {self.tokens} tokens); "
@@ -170,15 +170,11 @@ class TokenStore:
 
     def column(self, name: str) -> np.ndarray:
         """What the encoder kept about each example under this name, [n, ...]."""
-        path = self.folder / f"{name}.column.npy"
-        return np.load(path, mmap_mode="r") if len(self) else np.zeros(0)
+        return self._kept(f"{name}.column.npy")
 
     def stream(self, name: str) -> np.ndarray:
         """What the encoder kept about each trained token under this name, [trained tokens]."""
-        if name not in self._streams:
-            path = self.folder / f"{name}.stream.npy"
-            self._streams[name] = np.load(path, mmap_mode="r") if len(self) else np.zeros(0)
-        return self._streams[name]
+        return self._kept(f"{name}.stream.npy")
 
     def stream_of(self, name: str, i: int) -> np.ndarray:
         """The same of example i alone."""
@@ -206,6 +202,12 @@ class TokenStore:
     @cached_property
     def _trained_ends(self) -> np.ndarray:
         return np.cumsum(self.trained_counts, dtype=np.int64)
+
+    def _kept(self, file: str) -> np.ndarray:
+        """What stands in a file of its own, opened once: batches ask for it row by row."""
+        if file not in self._beside:
+            self._beside[file] = np.load(self.folder / file, mmap_mode="r") if len(self) else np.zeros(0)
+        return self._beside[file]
 
     def _span(self, i: int) -> tuple[int, int]:
         if not -len(self) <= i < len(self):

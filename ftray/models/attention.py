@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ftray.models.heads import inner
+
 NAME = "ftray_varlen"
 SHORT = (torch.bfloat16, torch.float16)
 PACKABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -166,4 +168,4 @@ def _transformers_model(model: Any) -> Any:
     """The transformers model inside PEFT, DeepSpeed and DDP wrappers."""
     while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return inner(model)

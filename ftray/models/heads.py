@@ -64,7 +64,7 @@ REWARD = Head("SEQ_CLS", ("reward",), "value")
 
 def head_of(model: Any) -> Head | None:
     """The head of a loaded model, PEFT's wrapper or not; None where it writes."""
-    return getattr(_inner(model), "ftray_head", None)
+    return getattr(inner(model), "ftray_head", None)
 
 
 def read_head(folder: Path) -> Head | None:
@@ -92,10 +92,10 @@ def head_modules(model: Any) -> dict[str, Any]:
     """The head's modules by full name: those beside the base, and its pooler. Empty where the model writes."""
     if head_of(model) is None:
         return {}
-    inner = _inner(model)
-    prefix = inner.base_model_prefix
-    beside = {name: module for name, module in inner.named_children() if name != prefix}
-    pooler = getattr(getattr(inner, prefix), "pooler", None)
+    core = inner(model)
+    prefix = core.base_model_prefix
+    beside = {name: module for name, module in core.named_children() if name != prefix}
+    pooler = getattr(getattr(core, prefix), "pooler", None)
     found = {f"{prefix}.pooler": pooler, **beside}
     return {name: module for name, module in found.items() if module is not None and list(module.parameters())}
 
@@ -190,5 +190,6 @@ def pool_where_texts_end(adapted: Any) -> None:
     base.forward = forward
 
 
-def _inner(model: Any) -> Any:
+def inner(model: Any) -> Any:
+    """The transformers model inside PEFT."""
     return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftray.config.methods import Full
 from ftray.config.schema import Method, Model
 from ftray.errors import ModelError
 from ftray.models.builtin import builtin_folder
 from ftray.models.heads import Head, head_modules, mark, set_head
+from ftray.models.sharded import without_zero3
 from ftray.store.admission import CARD
 from ftray.store.paths import MARKER
 
@@ -206,6 +208,14 @@ def load_base(
     loaded.name_or_path = model.base  # what PEFT writes down as the base: the run's own word for it
     loaded.ftray_origin = Origin(model, saved_dtype, getattr(config.get_text_config(), "use_cache", True))
     return loaded
+
+
+def load_frozen(model: Model, *, dtype: Any, attention: str) -> Any:
+    """A base that only computes, whole on every worker whatever ZeRO shards, on the CPU."""
+    with without_zero3():
+        base = load_base(model, method=Full(), dtype=dtype, attention=attention)
+    base.config.use_cache = False
+    return base.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ftray.config.methods import Full
 from ftray.config.schema import Model
 from ftray.models.adapt import unwrap
-from ftray.models.load import load_base
-from ftray.models.sharded import without_zero3
+from ftray.models.heads import inner
+from ftray.models.load import load_frozen
 from ftray.objectives import language
 from ftray.objectives.language import Batch, Language, trained_logits
+from ftray.objectives.policy_losses import full_kl
 
 
 class Distill(Language):
@@ -45,8 +45,8 @@ class Distill(Language):
     def observe(self, model, batch: Batch) -> np.ndarray:
         """Language modelling's figures, and the teacher's divergence (forward, as it stands) in nats."""
         student_NV = trained_logits(model, batch).float()
-        nats = divergence_sum(student_NV, self._teacher_logits(model, batch), temperature=1.0, reverse=False)
-        return np.concatenate([language.observe(model, batch), [[nats.item()]]], axis=1)
+        nats = full_kl(self._teacher_logits(model, batch), student_NV).sum()
+        return np.concatenate([language.tally(student_NV, batch), [[nats.item()]]], axis=1)
 
     def scores(self, observed: np.ndarray) -> dict[str, float]:
         found = language.scores(observed[:, :3])
@@ -62,12 +62,8 @@ class Distill(Language):
         device = next(student.parameters()).device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else next(student.parameters()).dtype
-        core = student.get_base_model() if hasattr(student, "get_base_model") else student
-        with without_zero3():
-            teacher = load_base(
-                self.beside(self.section), method=Full(), dtype=dtype, attention=core.config._attn_implementation
-            )
-        return teacher.to(device).eval().requires_grad_(False)
+        attention = inner(student).config._attn_implementation
+        return load_frozen(self.beside(self.section), dtype=dtype, attention=attention).to(device)
 
 
 def divergence_sum(

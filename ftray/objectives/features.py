@@ -54,13 +54,12 @@ class FeatureLabels(Labels):
 
     def begin(self, model: Any, *, method: Method, stores: Sequence[TokenStore], figures: Figures) -> None:
         model.centre(self.vectors.of(self.data.train))
-        self._targets = {store.folder: np.array(store.column(TARGET)) for store in (self.data.train, self.data.eval)}
 
     def batch(self, store: TokenStore, rows: np.ndarray, *, spare: int) -> Batch:  # type: ignore[override]
         chosen = rows if len(rows) else np.array([spare])
         return Batch(
             vectors=self.vectors.table[torch.from_numpy(self.vectors.places[store.folder][chosen])],
-            targets=torch.from_numpy(self._targets[store.folder][chosen]),
+            targets=torch.from_numpy(np.array(store.column(TARGET)[chosen])),
             weight=float(len(rows) > 0),
             rows=tuple(rows.tolist()),
         )

@@ -136,7 +136,11 @@ def loss_sum(model, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tens
 @torch.no_grad()
 def observe(model, batch: Batch) -> np.ndarray:
     """[1, 3]: nats, greedy hits and trained tokens of one micro-batch."""
-    logits_NV = trained_logits(model, batch).float()
+    return tally(trained_logits(model, batch).float(), batch)
+
+
+def tally(logits_NV: torch.Tensor, batch: Batch) -> np.ndarray:
+    """The same of logits that are there already, fp32."""
     targets_N = batch.targets.to(logits_NV.device)
     nats = F.cross_entropy(logits_NV, targets_N, reduction="sum").item()
     return np.array([[nats, int((logits_NV.argmax(-1) == targets_N).sum()), len(targets_N)]], np.float64)

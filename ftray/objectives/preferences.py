@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ftray.config.methods import Method
+from ftray.data.encode_preferences import halves
 from ftray.data.tokens import TokenStore
 from ftray.models.adapt import switches_off, unwrap
 from ftray.objectives import language, preference_losses
@@ -123,7 +124,7 @@ class Pairs(Preferences):
     """Observed: (loss, 1 where the chosen answer has the higher reward, its reward above the other's) of each pair."""
 
     def batch(self, store: TokenStore, rows: np.ndarray, *, spare: int) -> Answers:
-        texts = [text for row in rows for text in _halves(store, int(row))]
+        texts = [text for row in rows for text in halves(store, int(row))]
         return collate(texts, rows, packed=self.packed, spare=store.ids(spare), reference=self._kept(store, rows))
 
     def loss_sum(self, model: Any, batch: Answers) -> torch.Tensor:
@@ -262,11 +263,6 @@ def mismatched(store: TokenStore, row: int, partner: int, *, longest: int) -> Te
 
 def _answer_from(store: TokenStore, row: int) -> int:
     return int(np.argmax(store.trained(row)))
-
-
-def _halves(store: TokenStore, row: int) -> list[Text]:
-    ids, trained, cut = store.ids(row), store.trained(row), int(store.column("cut")[row])
-    return [(ids[:cut], trained[:cut]), (ids[cut:], trained[cut:])]
 
 
 def _table(logprobs_S: torch.Tensor, answers: Answers) -> np.ndarray:

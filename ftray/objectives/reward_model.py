@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ftray.data.encode_preferences import Side, halves
 from ftray.data.tokens import TokenStore
 from ftray.models.heads import REWARD, Head
 from ftray.objectives import labels, preference_losses
@@ -144,6 +145,5 @@ def right_share(apart: np.ndarray) -> float:
 def texts_of(store: TokenStore, row: int) -> list[np.ndarray]:
     """The chosen and the rejected text of a pair, or the only one, each up to the last token of its answer: what a
     template puts behind it, a policy does not write."""
-    ids, trained, cut = store.ids(row), store.trained(row), int(store.column("cut")[row])
-    sides = [(ids[:cut], trained[:cut]), (ids[cut:], trained[cut:])] if cut else [(ids, trained)]
-    return [side[: int(np.flatnonzero(answer)[-1]) + 1] for side, answer in sides]
+    sides = halves(store, row) if store.column("cut")[row] else [Side(store.ids(row), store.trained(row))]
+    return [side.ids[: int(np.flatnonzero(side.trained)[-1]) + 1] for side in sides]

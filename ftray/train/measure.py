@@ -19,6 +19,7 @@ from ftray.evaluate.compare import Scores, score
 from ftray.evaluate.general import general_text
 from ftray.evaluate.suites import answer_scores
 from ftray.models.generate import Given, answer, text_of
+from ftray.models.heads import inner
 from ftray.objectives import language
 from ftray.objectives.objective import Objective, joined
 from ftray.objectives.rollout import shared
@@ -203,7 +204,7 @@ class Meter:
             return []
         mine = questions[self.rank :: self.world]
         attention = self.model.config._attn_implementation
-        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        core = inner(self.model)
         core.set_attn_implementation("sdpa")
         try:
             with self._evaluating(), torch.no_grad():

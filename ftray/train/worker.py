@@ -162,14 +162,9 @@ class Worker:
         return model, tokenizer
 
     def _another_base(self):
-        from ftray.config.schema import Full
-        from ftray.models.load import load_base
-        from ftray.models.sharded import without_zero3
+        from ftray.models.load import load_frozen
 
-        with without_zero3():
-            base = load_base(self.run.model, method=Full(), dtype=self.dtype, attention=self.layout.attention)
-        base.config.use_cache = False
-        return base.eval().requires_grad_(False).to(self.device)
+        return load_frozen(self.run.model, dtype=self.dtype, attention=self.layout.attention).to(self.device)
 
     # building
 
