@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +37,6 @@ CPU_BYTES = 1 << 30
 GPU_SHARE = 0.6
 # Dropping rows copies the cache; below this share of live rows that costs less than carrying them.
 KEPT_SHARE = 0.75
-
-
-class Asked(Protocol):
-    """What is read of a `ftray.data` Question."""
-
-    @property
-    def prompt_ids(self) -> Sequence[int]: ...
 
 
 class Given(NamedTuple):
@@ -85,35 +78,6 @@ class Sampler:
         return found_B1[:, 0].clamp(max=p_BV.shape[-1] - 1)
 
 
-def answer_questions(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Asked],
-    *,
-    max_new_tokens: int,
-    batch_size: int | Literal["auto"] = "auto",
-    synced: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """One greedy answer per question, in their order, without special tokens and outer white space.
-
-    An answer ends before EOS or the template's end of turn, at `max_new_tokens`, or where the model has no more
-    positions. `model` may be a PEFT model or wrapped (DDP, DeepSpeed). With `synced` (ZeRO-3: a forward is a
-    collective) every rank must call this, even with no questions; ranks then make equally many forwards.
-    `on_progress(answered, all)` is called as rows finish.
-    """
-    given = answer(
-        model,
-        tokenizer,
-        [question.prompt_ids for question in questions],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        synced=synced,
-        on_progress=on_progress,
-    )
-    return [text_of(tokenizer, one) for one in given]
-
-
 def text_of(tokenizer: PreTrainedTokenizerBase, given: Given) -> str:
     return str(tokenizer.decode(given.ids, skip_special_tokens=True)).strip()
 
@@ -129,7 +93,13 @@ def answer(
     synced: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Given]:
-    """The same in token ids, each token chosen by `pick`, whose rows are places in `prompts`."""
+    """One answer per prompt, in their order, each token chosen by `pick`, whose rows are places in `prompts`.
+
+    An answer ends before EOS or the template's end of turn, at `max_new_tokens`, or where the model has no more
+    positions. `model` may be a PEFT model or wrapped (DDP, DeepSpeed). With `synced` (ZeRO-3: a forward is a
+    collective) every rank must call this, even with no prompts; ranks then make equally many forwards.
+    `on_progress(answered, all)` is called as rows finish.
+    """
     model = _unwrapped(model)
     answers = [Given([], None)] * len(prompts)
     done = 0

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from ftray.models.attention import NAME, register
-from ftray.models.generate import Sampler, answer, answer_questions, stop_ids
+from ftray.models.generate import Sampler, answer, stop_ids
+from tests.models.asking import answer_questions
 
 WORDS = 200
 PAD, EOS, TURN = 0, 1, 2

@@ -1,7 +1,6 @@
 """A base under a head that reads: every method begins, learns, is saved, read back and merged, on encoders and on
 causal bases, and padding changes nothing."""
 
-import asyncio
 import json
 
 import numpy as np
@@ -42,9 +41,9 @@ from ftray.models.heads import Head, head_parameters, read_head
 from ftray.models.load import Shape, load_base, load_config, load_tokenizer, meta_model
 from ftray.models.merge import load_version, merge
 from ftray.models.save import load_state_into, save_version
-from ftray.serve.encoder import EncoderEngine
 from ftray.store.admission import admit
 from ftray.train.memory import learning
+from tests.models.asking import classified
 
 HEAD = Head("SEQ_CLS", ("refund", "card lost", "other"))
 MERGED = [
@@ -333,15 +332,7 @@ def test_the_encoder_engine_answers_as_the_trained_model_does(encoder, tmp_path)
         wanted[str(number)] = logits(model, ids, mask).softmax(-1)
         folders[str(number)] = saved(model, encoder, method, tmp_path / str(number))
 
-    async def go():
-        engine = EncoderEngine(model=encoder, slots=20, own=20, device="cpu", threads=1)
-        for key, folder in folders.items():
-            await engine.load(key, folder)
-        answers = {key: await engine.classify(texts, key) for key in folders}
-        await engine.close()
-        return answers
-
-    for key, answers in asyncio.run(go()).items():
+    for key, answers in classified(encoder, folders, texts).items():
         found = torch.tensor([[answer.scores[name] for name in HEAD.labels] for answer in answers])
         assert apart(found, wanted[key]) < 1e-5, SERVED[int(key)]
 

@@ -26,12 +26,12 @@ from ftray.config.methods import (
 from ftray.errors import ModelError
 from ftray.models import virtual
 from ftray.models.adapt import adapt, check_method, default_lr, servability, trainable
-from ftray.models.generate import answer_questions
 from ftray.models.load import load_base, load_config, load_tokenizer
 from ftray.models.merge import load_version, merge
 from ftray.models.save import load_state_into, save_version
 from ftray.objectives.language import loss_sum, pad
 from ftray.store.admission import admit
+from tests.models.asking import answer_questions
 
 MERGED = [
     AdaLora(rank=2),

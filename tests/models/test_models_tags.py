@@ -1,6 +1,5 @@
 """A base under a head that reads every token: every method learns, is saved and read back; padding changes nothing."""
 
-import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +16,9 @@ from ftray.models.load import Shape, load_base, load_config
 from ftray.models.merge import load_version, merge
 from ftray.models.save import load_state_into
 from ftray.objectives.tags import Batch, Tags, logits
-from ftray.serve.encoder import EncoderEngine
 from ftray.store.admission import admit
 from ftray.train.memory import learning
+from tests.models.asking import classified
 
 HEAD = Head("TOKEN_CLS", ("O", "B-x", "I-x", "B-y"))
 OBJECTIVE = Tags(TokenClassification(), packed=False, data=SimpleNamespace(labels=HEAD.labels))
@@ -155,15 +154,7 @@ def test_the_encoder_engine_tags_as_the_trained_model_does(section, tmp_path):
         wanted[str(number)] = said(model, texts).softmax(-1)
         folders[str(number)] = saved(model, section, method, tmp_path / str(number))
 
-    async def go():
-        engine = EncoderEngine(model=section, slots=20, own=20, device="cpu", threads=1)
-        for key, folder in folders.items():
-            await engine.load(key, folder)
-        answers = {key: await engine.classify(ids, key) for key in folders}
-        await engine.close()
-        return answers
-
-    for key, answers in asyncio.run(go()).items():
+    for key, answers in classified(section, folders, ids).items():
         every = [[scores[name] for name in HEAD.labels] for answer in answers for _, scores in answer.tokens]
         found = torch.tensor(every)[texts.trained[texts.attention_mask.bool()]]
         assert apart(found, wanted[key]) < 1e-5, SERVED[int(key)]
