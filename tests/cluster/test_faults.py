@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import ray
 
@@ -92,6 +93,11 @@ def test_after_a_killed_driver_a_run_resumes_from_its_newest_complete_checkpoint
     killed = time.monotonic()
     driver.kill()
     driver.wait()
+    # its workers live a moment longer, in which they may still complete a checkpoint
+    writer, end = rows(folder, "started")[0]["pid"], time.monotonic() + 60
+    while psutil.pid_exists(writer):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
     # what a death in the middle of writing leaves: a newer folder without a marker, and one whose part was cut
     checkpoints = Checkpoints(folder.storage, run.name)
