@@ -97,6 +97,7 @@ def _print_outcome(outcome: Outcome, *, storage: str) -> None:
     resumed = " (resumed)" if outcome.resumed else ""
     lines: dict[str, object] = {
         "version": outcome.version,
+        **({"of tasks": ", ".join(outcome.tasks.values())} if outcome.tasks else {}),
         "report": outcome.report,
         "took": show.duration(outcome.seconds) + resumed,
     }

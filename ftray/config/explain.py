@@ -74,6 +74,7 @@ _OTHER_KINDS = {
     "ln_tuning": "kind: norms",
     "prefix_tuning": "kind: prefix",
     "prompt_tuning": "kind: prompt",
+    "mpt": "kind: multitask_prompt",
     "ptuning": "kind: p_tuning",
     "trainable_tokens": "kind: tokens",
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from ftray.config.section import Section
+from ftray.config.section import Section, version_ref
 
 Targets: TypeAlias = Literal["auto"] | list[str]
 
@@ -139,6 +139,22 @@ class Prompt(Section):
     kind: Literal["prompt"] = "prompt"
     tokens: int = Field(20, ge=1, description="virtual tokens before the text")
     text: str | None = Field(None, description="they begin as this text's embeddings; none: as random tokens'")
+    begin: str | None = Field(None, description="they begin as a version's of prompt tuning, e.g. support-tasks@v1")
+
+    _begin_is_a_version = field_validator("begin")(version_ref)
+
+
+class MultitaskPrompt(Section):
+    """A prompt that all tasks share, times a matrix of low rank for each of them (MPT, arXiv 2303.02861).
+
+    The tasks are those that data.sources name. Each task's prompt becomes a version of prompt tuning, and so does what
+    they share, with which a new task begins.
+    """
+
+    kind: Literal["multitask_prompt"] = "multitask_prompt"
+    tokens: int = Field(20, ge=1, description="virtual tokens before the text")
+    rank: int = Field(1, ge=1, description="of each task's own matrix")
+    text: str | None = Field(None, description="they begin as this text's embeddings; none: as random tokens'")
 
 
 class PTuning(Section):
@@ -175,12 +191,13 @@ Method = Annotated[
     | Bottleneck
     | Prefix
     | Prompt
+    | MultitaskPrompt
     | PTuning
     | Feature,
     Field(discriminator="kind"),
 ]
 
-PROMPTS = (Prefix, Prompt, PTuning)
+PROMPTS = (Prefix, Prompt, MultitaskPrompt, PTuning)
 """Methods that put virtual tokens before each example."""
 
 

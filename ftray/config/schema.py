@@ -12,7 +12,20 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from ftray.config.methods import PROMPTS, AdaLora, Feature, Freeze, Full, Lora, Method, Prefix, Tokens, shards
+from ftray.config.methods import (
+    PROMPTS,
+    AdaLora,
+    Feature,
+    Freeze,
+    Full,
+    Lora,
+    Method,
+    MultitaskPrompt,
+    Prefix,
+    Prompt,
+    Tokens,
+    shards,
+)
 from ftray.config.objectives import (
     COMPARED,
     REINFORCEMENT,
@@ -115,8 +128,14 @@ class Source(Section):
     weight: float = Field(
         1.0, gt=0, description="how often its rows are seen per epoch; 2 is twice, 0.5 is half of them"
     )
+    task: str | None = Field(None, description="the task of its rows, by which scores are told apart; none: its path")
     split: str | None = Field(None, description="split of a Hub data set; train unless said")
     subset: str | None = Field(None, description="configuration of a Hub data set")
+
+    @field_validator("task")
+    @classmethod
+    def _task_is_a_name(cls, value: str | None) -> str | None:
+        return value if value is None else safe_name(value)
 
 
 class Clean(Section):
@@ -283,10 +302,7 @@ class Evaluate(Section):
     def _each_once(cls, value: list[int]) -> list[int]:
         return sorted(set(value))
 
-    @field_validator("judge")
-    @classmethod
-    def _names_a_version(cls, value: str | None) -> str | None:
-        return value if value is None else version_ref(value)
+    _judge_is_a_version = field_validator("judge")(version_ref)
 
     @field_validator("gate")
     @classmethod
@@ -327,6 +343,11 @@ class Run(Section):
     def longest(self) -> int:
         """Tokens that an example can have."""
         return self.data.max_length * self.objective.sequences
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that the training sources name, in their order."""
+        return tuple(dict.fromkeys(source.task for source in self.data.sources if source.task))
 
     @property
     def gate(self) -> list[str]:
@@ -388,6 +409,10 @@ def _disagreements(run: Run):
         yield "scale.gradient_checkpointing: prefix is a cache, which recomputed blocks would fill twice; use auto"
     if isinstance(method, PROMPTS) and run.data.packing == "on":
         yield f"data.packing: {method.kind} puts its tokens before each example, and packed rows have no room; use auto"
+    if isinstance(method, Prompt) and method.text is not None and method.begin is not None:
+        yield "method.begin: virtual tokens begin as a version's or as a text's; leave one of the two out"
+    if isinstance(method, MultitaskPrompt):
+        yield from _task_problems(run)
     if isinstance(method, Feature) and run.objective.kind not in ("classification", "regression"):
         yield (
             f"method.kind: feature learns from one vector a text, and {run.objective.kind} needs more than that; use "
@@ -434,6 +459,28 @@ def _disagreements(run: Run):
         yield from _rollout_problems(run)
     if run.objective.reads:
         yield from _disagreements_of_a_reader(run)
+
+
+def _task_problems(run: Run):
+    """What a method that learns something for each task asks of the sources."""
+    kind, tasks = run.method.kind, run.tasks
+    if run.objective.kind not in ("sft", "pretrain", "distill"):
+        yield (
+            f"method.kind: {kind} reads each row with its task's prompt, and {run.objective.kind} has other examples "
+            "than rows; use objective kind: sft, pretrain or distill, and then method kind: prompt with begin"
+        )
+    for index, source in enumerate(run.data.sources):
+        if source.task is None:
+            yield f"data.sources.{index}.task: {kind} learns a prompt for each task; name the task of these rows"
+    if len(tasks) == 1 and all(source.task for source in run.data.sources):
+        yield f"data.sources: {kind} shares a prompt between tasks, and all rows are of {tasks[0]!r}; use kind: prompt"
+    for index, source in enumerate(run.data.eval_sources):
+        if source.task not in tasks:
+            named = f"no source trains a task {source.task!r}" if source.task else "name the task of these rows"
+            yield f"data.eval_sources.{index}.task: {named}; there are {', '.join(tasks) or 'none'}"
+    for task in tasks:
+        if len(name := f"{run.name}-{task}") > 64:
+            yield f"name: the version of task {task!r} would be called {name!r}, longer than 64 characters; shorten one"
 
 
 def _rollout_problems(run: Run):

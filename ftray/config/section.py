@@ -26,8 +26,8 @@ class Section(BaseModel):
             return dict(values)
 
 
-def version_ref(value: str) -> str:
-    """For keys that name a version of the registry."""
-    if not REF_PATTERN.fullmatch(value):
+def version_ref(value: str | None) -> str | None:
+    """For keys that may name a version of the registry."""
+    if value is not None and not REF_PATTERN.fullmatch(value):
         raise ValueError(f"{value!r} names no version; write name, name@v2 or name@prod")
     return value

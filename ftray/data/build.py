@@ -89,7 +89,7 @@ class Build:
         self._asked_with = max(baselines, default=0)
         self._most_shown = max(data.few_shot, self._asked_with)
         self.tallies = [Tally(s, False) for s in data.sources] + [Tally(s, True) for s in data.eval_sources]
-        self.labels = [tally.source.path for tally in self.tallies]
+        self.labels = [tally.source.task or tally.source.path for tally in self.tallies]
         self.asked_too_long = 0
         self._progress = on_progress or (lambda rows: None)
         self._cleaner = Cleaner(data.clean)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ftray.config.methods import Feature, Freeze, Full, Lora, Method, Prompt, Tokens, is_adapter
+from ftray.config.methods import Feature, Freeze, Full, Lora, Method, MultitaskPrompt, Prompt, Tokens, is_adapter
 from ftray.errors import ModelError
 from ftray.models.adapters import KINDS, Setting, begin_prompt, unknown_tokens
 from ftray.models.heads import Head, add_head, begin_head, head_parameters, pool_where_texts_end
@@ -16,13 +16,23 @@ from ftray.models.layers import adaptable, chosen, did_you_mean, is_called, leav
 from ftray.models.load import load_tokenizer, meta_model, origin
 
 
-def adapt(model: Any, method: Method, *, seed: int, fp32: bool = True, steps: int = 1) -> Any:
+def adapt(
+    model: Any,
+    method: Method,
+    *,
+    seed: int,
+    fp32: bool = True,
+    steps: int = 1,
+    tasks: Sequence[str] = (),
+    prompt: Any = None,
+) -> Any:
     """Marks what learns; wraps the model with PEFT for adapters. Checks the method against it first (ModelError).
 
     `fp32` keeps learning weights in fp32 (autocast brings them down); under ZeRO, DeepSpeed keeps its own fp32 copy,
     so False saves memory there. Adapters begin the same on every worker: they are drawn from `seed`. `steps`: updates
-    of the whole run, over which AdaLoRA spreads its budget. A head that the base lacks begins here, and learns with
-    every method.
+    of the whole run, over which AdaLoRA spreads its budget. `tasks`: names of those whose rows a multitask prompt will
+    read; `prompt`: [virtual tokens, width], of the version that a prompt begins as. A head that the base lacks begins
+    here, and learns with every method.
     """
     import torch
 
@@ -32,7 +42,8 @@ def adapt(model: Any, method: Method, *, seed: int, fp32: bool = True, steps: in
         return model
     begin_head(model, seed=seed)
     if is_adapter(method):
-        model = _add_adapter(model, method, seed=seed, fp32=fp32, steps=steps)
+        setting = Setting(seed, steps, lambda: load_tokenizer(origin(model).model), tasks, prompt)
+        model = _add_adapter(model, method, setting, fp32=fp32)
     elif isinstance(method, Freeze):
         wanted = frozen_choice(model, method)
         for name, parameter in model.named_parameters():
@@ -173,20 +184,19 @@ def _blocks(model: Any) -> tuple[str, int]:
     )
 
 
-def _add_adapter(model: Any, method: Any, *, seed: int, fp32: bool, steps: int) -> Any:
+def _add_adapter(model: Any, method: Any, setting: Setting, *, fp32: bool) -> Any:
     import torch
     from peft import get_peft_model
 
-    setting = Setting(seed, steps, lambda: load_tokenizer(origin(model).model))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unsupported layer type")  # norms
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tokens, which reach the head too
-        torch.manual_seed(seed)
+        torch.manual_seed(setting.seed)
         lora = isinstance(method, Lora)
         config = lora_config(model, method) if lora else KINDS[method.kind].config(model, method, setting)
         add_head(config, model)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=fp32)
-        if isinstance(method, Prompt):
+        if isinstance(method, Prompt | MultitaskPrompt):
             begin_prompt(adapted, method, setting)
         pool_where_texts_end(adapted)
     if lora and method.init == "pissa":

@@ -8,11 +8,25 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ftray.config.methods import AdaLora, Bottleneck, Ia3, LoHa, LoKr, Norms, Oft, Prefix, Prompt, PTuning, Tokens, Vera
+from ftray.config.methods import (
+    AdaLora,
+    Bottleneck,
+    Ia3,
+    LoHa,
+    LoKr,
+    MultitaskPrompt,
+    Norms,
+    Oft,
+    Prefix,
+    Prompt,
+    PTuning,
+    Tokens,
+    Vera,
+)
 from ftray.models.heads import head_of
 from ftray.models.layers import (
     MLP_OUT,
@@ -36,11 +50,14 @@ TASK = "CAUSAL_LM"
 
 @dataclass(frozen=True)
 class Setting:
-    """What a configuration may depend on beside the model: the run's seed, its steps, the base's tokenizer."""
+    """What a configuration may depend on beside the model: the run's seed, its steps, the base's tokenizer, the tasks
+    of its rows, and the prompt of the version that it names to begin with, [virtual tokens, width]."""
 
     seed: int
     steps: int
     tokenizer: Callable[[], Any]
+    tasks: Sequence[str] = ()
+    prompt: Any = None
 
 
 @dataclass(frozen=True)
@@ -284,12 +301,31 @@ def prompt_config(model: Any, method: Prompt, setting: Setting) -> Any:
     return PromptTuningConfig(task_type=TASK, num_virtual_tokens=method.tokens)
 
 
-def begin_prompt(adapted: Any, method: Prompt, setting: Setting) -> None:
-    """Virtual tokens begin as the text's embeddings, over again until there are enough, or as random tokens' ones."""
+def multitask_prompt_config(model: Any, method: MultitaskPrompt, setting: Setting) -> Any:
+    from peft import MultitaskPromptTuningConfig
+
+    return MultitaskPromptTuningConfig(
+        task_type=TASK, num_virtual_tokens=method.tokens, num_ranks=method.rank, num_tasks=len(setting.tasks)
+    )
+
+
+def begin_prompt(adapted: Any, method: Prompt | MultitaskPrompt, setting: Setting) -> None:
+    """Virtual tokens begin as a version's, as the text's embeddings, over again until there are enough, or as random
+    tokens' ones."""
     import torch
 
-    encoder = adapted.prompt_encoder["default"]
+    from ftray.models.task_prompts import TaskPrompts
+
     table = adapted.get_base_model().get_input_embeddings().weight
+    if isinstance(method, MultitaskPrompt):
+        adapted.prompt_encoder["default"] = TaskPrompts(
+            setting.tasks, tokens=method.tokens, width=table.shape[1], rank=method.rank
+        ).to(table.device)
+    encoder = adapted.prompt_encoder["default"]
+    if setting.prompt is not None:
+        with torch.no_grad():
+            encoder.embedding.weight.copy_(setting.prompt)
+        return
     if method.text is not None:
         ids = setting.tokenizer()(method.text, add_special_tokens=False)["input_ids"]
         ids = (ids * -(-method.tokens // len(ids)))[: method.tokens]
@@ -306,13 +342,13 @@ def p_tuning_config(model: Any, method: PTuning, setting: Setting) -> Any:
     return PromptEncoderConfig(task_type=TASK, num_virtual_tokens=method.tokens, encoder_hidden_size=method.width)
 
 
-def virtual_problems(model: Any, method: Prefix | Prompt | PTuning) -> Iterable[str]:
+def virtual_problems(model: Any, method: Prefix | Prompt | MultitaskPrompt | PTuning) -> Iterable[str]:
     if isinstance(method, Prefix) and head_of(model) is not None and not _takes_prefix(model):
         yield f"method.kind: a {type(model).__name__} takes no keys and values before the text; use prompt or p_tuning"
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and method.tokens >= longest // 2:
         yield f"method.tokens: {method.tokens} leave little of the base's {longest} positions; use {longest // 16}"
-    if isinstance(method, Prompt) and method.text is not None and not method.text:
+    if isinstance(method, Prompt | MultitaskPrompt) and method.text is not None and not method.text:
         yield "method.text: is empty; leave it out, or write what the model should do"
 
 
@@ -338,6 +374,7 @@ KINDS: dict[str, Kind] = {
     "bottleneck": Kind(bottleneck_config, bottleneck_problems, "beside", 1e-3),
     "prefix": Kind(prefix_config, virtual_problems, "beside", 1e-2),
     "prompt": Kind(prompt_config, virtual_problems, "beside", 2e-2),
+    "multitask_prompt": Kind(multitask_prompt_config, virtual_problems, "beside", 2e-2),
     "p_tuning": Kind(p_tuning_config, virtual_problems, "beside", 3e-3),
 }
 

@@ -18,10 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ftray.config.schema import VERSION, Model
+from ftray.config.schema import VERSION, Method, Model, Prompt, Run
 from ftray.errors import ModelError
 from ftray.models.feature_files import HEAD_CONFIG
 from ftray.models.merge import UNMERGEABLE, merge
+from ftray.models.prompts import prompt_of
 from ftray.models.save import ADAPTER_CONFIG
 from ftray.store.paths import MARKER, Storage
 from ftray.store.registry import Registry
@@ -50,17 +51,27 @@ def pinned(asked: Asked, storage: Storage, *, began: str | None = None) -> Asked
     ref = asked.model.version
     if ref is None:
         return asked
-    name, _, at = ref.partition("@")
-    base = f"{VERSION}{name}@"
-    if began is not None and began.startswith(base) and not _NUMBER.fullmatch(at):
-        base = began
-    else:
-        base = VERSION + Registry(storage).resolve(ref).id
+    before = began.removeprefix(VERSION) if began is not None and began.startswith(VERSION) else None
+    base = VERSION + numbered(ref, storage, began=before)
     return asked.model_copy(update={"model": asked.model.model_copy(update={"base": base})})
 
 
-def is_number(ref: str) -> bool:
-    """Whether a version is named by its number."""
+def pinned_prompt(run: Run, storage: Storage, *, began: str | None = None) -> Run:
+    """The run with the version that its prompt begins as by number; `began` as in `pinned`."""
+    if not isinstance(run.method, Prompt) or run.method.begin is None:
+        return run
+    begin = numbered(run.method.begin, storage, began=began)
+    return run.model_copy(update={"method": run.method.model_copy(update={"begin": begin})})
+
+
+def numbered(ref: str, storage: Storage, *, began: str | None = None) -> str:
+    """A version by its number: `began`, where that is another of the same name and `ref` says no number itself."""
+    if began is not None and began.partition("@")[0] == ref.partition("@")[0] and not _is_number(ref):
+        return began
+    return Registry(storage).resolve(ref).id
+
+
+def _is_number(ref: str) -> bool:
     return bool(_NUMBER.fullmatch(ref.partition("@")[2]))
 
 
@@ -83,12 +94,39 @@ def found(model: Model, storage: Storage) -> Model:
     return model.at(str(_local_copy(storage, key)))
 
 
-def lineage(model: Model, storage: Storage) -> list[dict[str, str]]:
-    """The versions that a base is made of, the first trained first: [{version, digest}, …]; [] for a plain base."""
-    if model.version is None:
-        return []
-    version = Registry(storage).resolve(model.version)
-    return [*version.card.get("lineage", []), {"version": version.id, "digest": version.digest}]
+def lineage(run: Run, storage: Storage) -> list[dict[str, str]]:
+    """The versions that a run's base is made of, and its first prompt, the first trained first: [{version, digest}, …].
+
+    [] for a plain base.
+    """
+    made: list[dict[str, str]] = []
+    for ref in (run.model.version, getattr(run.method, "begin", None)):
+        if ref is not None:
+            version = Registry(storage).resolve(ref)
+            made += [*version.card.get("lineage", []), {"version": version.id, "digest": version.digest}]
+    return made
+
+
+def first_prompt(method: Method, storage: Storage, *, width: int) -> Any:
+    """[virtual tokens, width]: of the version that a prompt begins as; None where it names none.
+
+    ModelError where that is no prompt, or none for this method and a base of this width; RegistryError for no version.
+    """
+    if not isinstance(method, Prompt) or method.begin is None:
+        return None
+    registry = Registry(storage)
+    version = registry.resolve(method.begin)
+    try:
+        prompt = prompt_of(registry.fetch(version, _cache(version.digest)))
+    except ModelError as error:
+        raise ModelError(f"method.begin: {version.id} {error}") from None
+    tokens, theirs = prompt.shape
+    if tokens != method.tokens:
+        raise ModelError(f"method.tokens: {version.id} has {tokens} virtual tokens, not {method.tokens}; use {tokens}")
+    if theirs != width:
+        base = version.card.get("base")
+        raise ModelError(f"method.begin: {version.id} is a prompt for {base}, {theirs} wide, and the base is {width}")
+    return prompt
 
 
 def _digest(version: Version) -> str:

@@ -89,6 +89,7 @@ def answer(
     *,
     max_new_tokens: int,
     pick: Pick = greedy,
+    tasks: Sequence[str] = (),
     batch_size: int | Literal["auto"] = "auto",
     synced: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -96,15 +97,15 @@ def answer(
     """One answer per prompt, in their order, each token chosen by `pick`, whose rows are places in `prompts`.
 
     An answer ends before EOS or the template's end of turn, at `max_new_tokens`, or where the model has no more
-    positions. `model` may be a PEFT model or wrapped (DDP, DeepSpeed). With `synced` (ZeRO-3: a forward is a
-    collective) every rank must call this, even with no prompts; ranks then make equally many forwards.
-    `on_progress(answered, all)` is called as rows finish.
+    positions. `tasks`: each prompt's, for a model that learns several. `model` may be a PEFT model or wrapped (DDP,
+    DeepSpeed). With `synced` (ZeRO-3: a forward is a collective) every rank must call this, even with no prompts; ranks
+    then make equally many forwards. `on_progress(answered, all)` is called as rows finish.
     """
     model = _unwrapped(model)
     answers = [Given([], None)] * len(prompts)
     done = 0
     with _answering(model):
-        decoder = _Decoder(model, tokenizer, max_new_tokens=max_new_tokens, pick=pick, synced=synced)
+        decoder = _Decoder(model, tokenizer, max_new_tokens=max_new_tokens, pick=pick, tasks=tasks, synced=synced)
         for row, given in decoder.answer([list(ids) for ids in prompts], batch_size):
             answers[row] = given
             done += 1
@@ -116,9 +117,16 @@ def answer(
 
 class _Decoder:
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, pick: Pick, synced: bool
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_new_tokens: int,
+        pick: Pick,
+        tasks: Sequence[str],
+        synced: bool,
     ):
-        self.model, self.pick = model, pick
+        self.model, self.pick, self.tasks = model, pick, tasks
         self.synced = synced and dist.is_initialized()
         self.max_new_tokens = max_new_tokens
         self.device = next(model.parameters()).device
@@ -175,7 +183,8 @@ class _Decoder:
         size = ids_BT.shape[1]
         cache: Any = DynamicCache(config=self.config)
         if self.virtual:
-            cache = virtual.cache(self.model, len(prompts))
+            with virtual.of_tasks(self.model, [self.tasks[row] for row in rows] if self.tasks else []):
+                cache = virtual.cache(self.model, len(prompts))
             places_B1, positions_BT = places_B1 + self.virtual, positions_BT + self.virtual
             mask_BS = None if mask_BS is None else F.pad(mask_BS, (self.virtual, 0), value=1)
             size += self.virtual

@@ -141,9 +141,10 @@ def _files(version: Version, storage: Storage) -> Path:
 
 
 def _numbered(key: str, ref: str, storage: Storage, began: str | None) -> str:
-    if began is not None and began.partition("@")[0] == ref.partition("@")[0] and not chain.is_number(ref):
-        return began
-    return _resolved(key, ref, storage).id
+    try:
+        return chain.numbered(ref, storage, began=began)
+    except RegistryError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def _resolved(key: str, ref: str, storage: Storage) -> Version:

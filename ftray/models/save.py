@@ -88,6 +88,9 @@ def _save_adapter(model: Any, folder: Path, method: Method, state: Mapping[str, 
     elif isinstance(method, PROMPTS):
         written_tensors = {virtual.TENSOR: virtual.embeddings(model, tensors)}
         written_tensors |= {name.replace(SAVED, "."): tensor for name, tensor in _beside_prompts(tensors).items()}
+        if tasks := virtual.task_embeddings(model, tensors):
+            config = virtual.as_prompt(config)
+            save_file(tasks, folder / virtual.TASKS, metadata={"format": "pt"})
     else:
         written_tensors = _peft_names(model, tensors, beside=_shared(model, method))
     save_file(

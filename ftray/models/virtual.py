@@ -1,20 +1,29 @@
-"""Virtual tokens: what prompt methods (prefix, prompt, p_tuning) put before a text, in training, answers and files.
+"""Virtual tokens: what prompt methods put before a text, in training, answers and files.
 
 A version holds what comes of the learning, one tensor: the embeddings, or for prefix tuning keys and values. An MLP
-that made them while training is not needed afterwards.
+that made them while training is not needed afterwards. Where several tasks learn together, the version's own tensor is
+what they share, and a file beside it has each task's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ftray.errors import ModelError
 from ftray.models.heads import head_of
 
+if TYPE_CHECKING:  # torch
+    from ftray.models.task_prompts import TaskPrompts
+
 TENSOR = "prompt_embeddings"
+TASKS = "tasks.safetensors"
+
+
+class Tasked(Protocol):
+    def task(self, i: int) -> str: ...
 
 
 def count(model: Any) -> int:
@@ -62,6 +71,38 @@ def left_away(model: Any) -> Iterator[None]:
         model.forward, model._adapters_disabled = as_before, False
 
 
+def of_tasks(model: Any, tasks: Sequence[str]) -> AbstractContextManager[None]:
+    """Inside, row i of what the model reads is of tasks[i]; of none, and for any other method, no row has one."""
+    encoder = _task_prompts(model)
+    return nullcontext() if encoder is None else encoder.asked(tasks)
+
+
+def of_rows(model: Any, store: Tasked, rows: Sequence[int]) -> AbstractContextManager[None]:
+    """`of_tasks`, for a batch of these rows of a store."""
+    return of_tasks(model, [store.task(row) for row in rows]) if _task_prompts(model) is not None else nullcontext()
+
+
+def task_embeddings(model: Any, learnt: Mapping[str, Any]) -> dict[str, Any]:
+    """`embeddings` of each task, by its name; {} where there are no tasks."""
+    encoder = _task_prompts(model)
+    found = {}
+    for task in encoder.tasks if encoder is not None else ():
+        with of_tasks(model, [task]):
+            found[task] = embeddings(model, learnt)
+    return found
+
+
+def as_prompt(config: Any) -> Any:
+    """PEFT's configuration of prompt tuning with what one of several tasks holds: both compute the same."""
+    from peft import PromptTuningConfig
+
+    same = ("task_type", "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
+    return PromptTuningConfig(
+        **{name: getattr(config, name) for name in same},
+        num_transformer_submodules=config.num_transformer_submodules,
+    )
+
+
 def embeddings(model: Any, learnt: Mapping[str, Any]) -> Any:
     """[virtual tokens, width]: what a version holds, computed in fp32 from what was learnt (names of `trainable`)."""
     import torch
@@ -89,10 +130,31 @@ def read_back(model: Any, path: Path) -> dict[str, Any]:
     if tensor is None or (found and head_of(model) is None) or tuple(tensor.shape) != wanted:
         shapes = {name: tuple(one.shape) for name, one in load_file(path).items()}
         raise ModelError(f"{path.parent}: holds {shapes} where {TENSOR} {wanted} belongs; it comes from another method")
+    if (tasks := _task_prompts(model)) is not None:
+        tasks.read(torch.stack([*_read_tasks(path.parent / TASKS, tasks.tasks), tensor]))
+        return found
     weight = encoder.embedding.weight
     encoder.embedding = torch.nn.Embedding.from_pretrained(tensor.to(weight.device, weight.dtype))
     config.inference_mode = True
     return found
+
+
+def _read_tasks(path: Path, tasks: Sequence[str]) -> list[Any]:
+    """Each task's tensor. ModelError where the version is of other tasks."""
+    from safetensors.torch import load_file
+
+    found = load_file(path) if path.exists() else {}
+    if found.keys() != set(tasks):
+        raise ModelError(f"{path.parent}: has prompts for {sorted(found)}, and the run's tasks are {sorted(tasks)}")
+    return [found[task] for task in tasks]
+
+
+def _task_prompts(model: Any) -> TaskPrompts | None:
+    from ftray.models.task_prompts import TaskPrompts
+
+    encoders = getattr(model, "prompt_encoder", {})  # a ModuleDict has no get
+    found = encoders["default"] if "default" in encoders else None  # noqa: SIM401
+    return found if isinstance(found, TaskPrompts) else None
 
 
 def _prompt_config(model: Any) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 from ftray.config.sweeping import Pbt, Sweep
 from ftray.errors import ClusterError, ConfigError, TrainError
 from ftray.evaluate.compare import check_gate
-from ftray.models import chain, reward
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.sweep import result
@@ -24,7 +23,7 @@ from ftray.sweep.search import open_search
 from ftray.sweep.table import Board
 from ftray.train import cluster, room
 from ftray.train.known import Known
-from ftray.train.launch import connecting
+from ftray.train.launch import by_number, connecting, names_versions
 from ftray.train.layout import Node
 
 MAY_CHANGE = {"parallel", "budget"}
@@ -306,11 +305,9 @@ def _conclude(asked: Sweep, folder: SweepFolder, planner: Planner, *, began: flo
 
 def _based(asked: Sweep, folder: SweepFolder, *, fresh: bool) -> Sweep:
     """The sweep with the versions that it names by number: those that it began with, where it did."""
-    names = asked.run.model.version is not None or reward.named(asked.run)
-    before = folder.resolved() if names and not fresh else None
-    began = before["sweep"]["run"] if before else None
-    run = chain.pinned(asked.run, folder.storage, began=began["model"]["base"] if began else None)
-    return asked.model_copy(update={"run": reward.pinned(run, folder.storage, began=began)})
+    before = folder.resolved() if not fresh and names_versions(asked.run) else None
+    run = by_number(asked.run, folder.storage, began=before["sweep"]["run"] if before else None)
+    return asked.model_copy(update={"run": run})
 
 
 def _refuse_other(asked: Sweep, folder: SweepFolder) -> None:

@@ -52,6 +52,7 @@ class Known:
         beside = OBJECTIVES[run.objective.kind].beside(run.objective)
         other = _checked_beside(beside, tokenizer) if beside else None
         rewards = reward.check(run, storage, tokenizer)
+        chain.first_prompt(run.method, storage, width=config.get_text_config().hidden_size)
         large = ray_ready is not None and _bytes(run.data.sources) > SMALL_BYTES
         if ray_ready is not None and large:
             ray_ready()
@@ -82,7 +83,7 @@ class Known:
             head=head,
             encoder=is_encoder(config),
             beside=(Shape.from_config(other).parameters if other is not None else 0) + rewards,
-            lineage=tuple(chain.lineage(run.model, storage)),
+            lineage=tuple(chain.lineage(run, storage)),
         )
 
 

@@ -7,9 +7,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.config import load
@@ -39,7 +39,10 @@ MAY_CHANGE = {"scale", "track", "storage"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left. `version` is its id in the registry, `comparison` as of evaluate/compare.py."""
+    """What a run left. `version` is its id in the registry, `comparison` as of evaluate/compare.py.
+
+    `tasks`: the version of each task, where several learnt together.
+    """
 
     run: str
     version: str | None
@@ -47,6 +50,7 @@ class Outcome:
     comparison: dict[str, Any]
     seconds: float
     resumed: bool
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,8 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
             comparison=comparison,
             error=None,
         )
-        return Outcome(run.name, version, report, comparison, time.monotonic() - began, resumed)
+        tasks = _tasks(version, storage)
+        return Outcome(run.name, version, report, comparison, time.monotonic() - began, resumed, tasks)
 
 
 @contextmanager
@@ -256,9 +261,21 @@ def _finished(run: Run, folder: RunFolder, began: float) -> Outcome | None:
     state = folder.state()
     if state.get("status") != "done":
         return None
+    version = state.get("version")
     return Outcome(
-        run.name, state.get("version"), state.get("report"), state["comparison"], time.monotonic() - began, True
+        run=run.name,
+        version=version,
+        report=state.get("report"),
+        comparison=state["comparison"],
+        seconds=time.monotonic() - began,
+        resumed=True,
+        tasks=_tasks(version, folder.storage) if run.tasks and version else {},
     )
+
+
+def _tasks(version: str, storage: Storage) -> dict[str, str]:
+    """The version of each task that learnt in the same run, by the task's name."""
+    return dict(Registry(storage).resolve(version).card.get("tasks", {}))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -277,13 +294,20 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
 
 
 def based(run: Run, folder: RunFolder, *, fresh: bool = False) -> Run:
-    """The run with every version that it names, as its base or as a reward, by number: that which it began with, where
-    it did."""
-    names = run.model.version is not None or reward.named(run)
-    before = folder.resolved() if names and not fresh else None
-    began = before["run"] if before else None
-    run = chain.pinned(run, folder.storage, began=began["model"]["base"] if began else None)
-    return reward.pinned(run, folder.storage, began=began)
+    """The run with every version that it names by number: that which it began with, where it did."""
+    before = folder.resolved() if not fresh and names_versions(run) else None
+    return by_number(run, folder.storage, began=before["run"] if before else None)
+
+
+def names_versions(run: Run) -> bool:
+    return run.model.version is not None or bool(reward.named(run)) or getattr(run.method, "begin", None) is not None
+
+
+def by_number(run: Run, storage: Storage, *, began: Mapping[str, Any] | None) -> Run:
+    """The run with every version that it names by number; `began`: the run as it began earlier, whose numbers stay."""
+    run = chain.pinned(run, storage, began=began["model"]["base"] if began else None)
+    run = chain.pinned_prompt(run, storage, began=began["method"].get("begin") if began else None)
+    return reward.pinned(run, storage, began=began)
 
 
 def _storage(run: Run) -> Storage:

@@ -18,6 +18,7 @@ from ftray.data.tokens import TokenStore
 from ftray.evaluate.compare import Scores, score
 from ftray.evaluate.general import general_text
 from ftray.evaluate.suites import answer_scores
+from ftray.models import virtual
 from ftray.models.generate import Given, answer, text_of
 from ftray.models.heads import inner
 from ftray.objectives import language
@@ -146,7 +147,8 @@ class Meter:
         """[rows, figures]: what `observe(model, batch)` gives for each row of a batch, of every row of a store."""
 
         def numbered(model: Any, batch: Any) -> np.ndarray:
-            return np.column_stack([np.array(batch.rows, np.float64), observe(model, batch)])
+            with virtual.of_rows(model, store, batch.rows):
+                return np.column_stack([np.array(batch.rows, np.float64), observe(model, batch)])
 
         def batch(hand: np.ndarray) -> Any:
             return self.objective.batch(store, hand, spare=0)
@@ -158,7 +160,11 @@ class Meter:
         def batch(hand: np.ndarray) -> Any:
             return self.objective.batch(self.held_out, rows[hand], spare=int(rows[0]))
 
-        return self._observed(self.held_out.lengths[rows], batch, self.objective.observe)
+        def observe(model: Any, batch: Any) -> np.ndarray:
+            with virtual.of_rows(model, self.held_out, batch.rows):
+                return self.objective.observe(model, batch)
+
+        return self._observed(self.held_out.lengths[rows], batch, observe)
 
     def _general(self) -> dict[str, float]:
         """Loss on general text; what it rises by is what the model forgot (PEFT's method comparison defines it so)."""
@@ -213,6 +219,7 @@ class Meter:
                     self.tokenizer,
                     [question.prompt_ids for question in mine],
                     max_new_tokens=self.objective.answer_tokens or self.evaluate.max_new_tokens,
+                    tasks=[question.task for question in mine],
                     synced=self.layout.zero == 3,
                     on_progress=lambda done, total: self.beat(),
                 )

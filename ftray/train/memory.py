@@ -23,6 +23,7 @@ from ftray.config.methods import (
     LoKr,
     Lora,
     Method,
+    MultitaskPrompt,
     Norms,
     Oft,
     Prefix,
@@ -158,8 +159,8 @@ def _apart_from_layers(shape: Shape, method: Method) -> int:
         return shape.norm_params
     if isinstance(method, Tokens):
         return len(set(method.tokens)) * hidden
-    if isinstance(method, Prompt):
-        return method.tokens * hidden
+    if isinstance(method, Prompt | MultitaskPrompt):
+        return method.tokens * hidden  # those of each task beside them are few
     if isinstance(method, PTuning):
         width = method.width
         return method.tokens * hidden + (hidden + 1) * width + (width + 1) * width + (width + 1) * hidden

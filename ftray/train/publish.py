@@ -11,10 +11,11 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from ftray.config.schema import Run
+from ftray.config.schema import MultitaskPrompt, Run
 from ftray.evaluate.compare import Comparison, Scores, compare, win_rate
 from ftray.evaluate.report import write_report
 from ftray.models.adapt import reader_servability, servability
+from ftray.models.prompts import by_task
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from ftray.store.runs import RunFolder
@@ -36,8 +37,15 @@ def conclude(
         card["ranks"] = storage.read_json(ranks)
     key = f"{folder.state()['born']}:{checked.schedule.steps}"
     with tempfile.TemporaryDirectory(prefix="ftray-publish-") as temp:
-        files = storage.download(f"{folder.key}/output", Path(temp))
-        version = Registry(storage).publish(run.name, files, card, key=key)
+        files = storage.download(f"{folder.key}/output", Path(temp, "output"))
+        registry = Registry(storage)
+        if isinstance(run.method, MultitaskPrompt):
+            about = {**card, "method": {"kind": "prompt", "tokens": run.method.tokens}}
+            card["tasks"] = {
+                task: registry.publish(f"{run.name}-{task}", prompt, about | {"of_task": task}, key=key).id
+                for task, prompt in by_task(files, Path(temp, "tasks")).items()
+            }
+        version = registry.publish(run.name, files, card, key=key)
     report, written = write_comparison(run, storage, folder, checked=checked, version=version)
     return version.id, report, written
 

@@ -12,6 +12,7 @@ import socket
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ class Worker:
     def _build(self) -> None:
         import torch
 
+        from ftray.models import chain
         from ftray.models.adapt import adapt, switches_off, trainable
         from ftray.plain_template import plain_template
         from ftray.train.deepspeed import build_engine, deepspeed_config
@@ -197,7 +199,15 @@ class Worker:
             self.tokenizer.chat_template = plain_template(self.tokenizer)
         if layout.zero != 3 and not getattr(run.method, "bits", None):
             model.to(self.device)
-        model = adapt(model, run.method, seed=run.seed, fp32=layout.zero == 0, steps=self.schedule.steps)
+        model = adapt(
+            model,
+            run.method,
+            seed=run.seed,
+            fp32=layout.zero == 0,
+            steps=self.schedule.steps,
+            tasks=run.tasks,
+            prompt=chain.first_prompt(run.method, self.storage, width=model.config.get_text_config().hidden_size),
+        )
         if isinstance(run.method, Lora) and layout.zero != 3:
             from ftray.models.fused import fuse
 
@@ -361,7 +371,7 @@ class Worker:
                 count = max(1, self.objective.count(store, part))
                 with self._computing():
                     self.objective.before_update(self.model, mine, count=count)
-                done = update(self.engine, mine, self._loss, count=count, lr=rate, ranks=self.ranks)
+                done = update(self.engine, mine, partial(self._loss, store), count=count, lr=rate, ranks=self.ranks)
                 micros += mine
                 sums += done.sums
                 loss += sum(done.sums) / count / len(parts)
@@ -432,8 +442,10 @@ class Worker:
         )
         return hands[self.rank]
 
-    def _loss(self, engine, micro):
-        with self._computing():
+    def _loss(self, store, engine, micro):
+        from ftray.models import virtual
+
+        with self._computing(), virtual.of_rows(self.model, store, micro.rows):
             return self.objective.loss_sum(engine, micro)
 
     def _evaluate(self, step: int) -> None:

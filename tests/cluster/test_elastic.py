@@ -1,5 +1,9 @@
 """A run with a range of workers shrinks with its cluster and grows again, and learns what a fixed one learns."""
 
+import os
+import signal
+import time
+
 import pytest
 
 from ftray.config.load import load_run
@@ -9,6 +13,7 @@ from tests.cluster.conftest import NODE_CPUS, Live, curve
 pytestmark = pytest.mark.ray
 
 LONG = {"optim__steps": 100, "optim__batch_size": 48}
+SEEN_S = 25  # after which Ray Train has seen a new node
 
 
 def sizes(live):
@@ -28,6 +33,11 @@ def test_from_three_workers_to_two_and_back_the_curve_is_that_of_three(cluster, 
         live.wait_for(lambda: len(sizes(live)) > 1, timeout_s=200)
     finally:
         cluster.add_node(num_cpus=NODE_CPUS)
+    # the two stand still meanwhile: on a fast machine they would be done before
+    writer = live.rows("started")[-1]["pid"]
+    os.kill(writer, signal.SIGSTOP)
+    time.sleep(SEEN_S)
+    os.kill(writer, signal.SIGCONT)
     live.end()
     assert sizes(live) == [3, 2, 3]
     assert curve(live.folder) == pytest.approx(curve(fixed.folder), abs=1e-4)

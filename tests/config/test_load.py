@@ -309,3 +309,42 @@ def test_baselines_need_answers_to_compare(tmp_path):
     found = problems(tmp_path, MINIMAL + "objective: {kind: pretrain}\nevaluate: {baselines: [4]}\n")
     assert "no questions to ask" in found["evaluate.baselines"]
     assert load_run(written(tmp_path, MINIMAL + "evaluate: {baselines: [4, 0, 4]}\n")).evaluate.baselines == [0, 4]
+
+
+TASKS = """
+name: desks
+data:
+  sources: [{path: a.jsonl, task: billing}, {path: b.jsonl, task: travel}]
+  eval_sources: [{path: c.jsonl, task: travel}]
+method: {kind: multitask_prompt}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "said"),
+    [
+        (", task: billing", "", "data.sources.0.task", "name the task of these rows"),
+        ("billing", "travel", "data.sources", "all rows are of 'travel'; use kind: prompt"),
+        (
+            "c.jsonl, task: travel",
+            "c.jsonl, task: trave",
+            "data.eval_sources.0.task",
+            "no source trains a task 'trave'",
+        ),
+        ("c.jsonl, task: travel", "c.jsonl", "data.eval_sources.0.task", "there are billing, travel"),
+        ("method:", "objective: {kind: dpo}\nmethod:", "method.kind", "use objective kind: sft, pretrain or distill"),
+        ("task: billing", "task: Billing Desk", "data.sources.0.task", "is not a name"),
+        ("name: desks", f"name: {'d' * 60}", "name", "longer than 64 characters"),
+    ],
+)
+def test_a_prompt_of_several_tasks_asks_for_their_names(tmp_path, old, new, key, said):
+    assert load_run(written(tmp_path, TASKS)).tasks == ("billing", "travel")
+    assert said in problems(tmp_path, TASKS.replace(old, new, 1))[key]
+
+
+def test_a_prompt_begins_one_way(tmp_path):
+    found = problems(tmp_path, MINIMAL + "method: {kind: prompt, text: Say it., begin: desks@v1}\n")
+    assert "leave one of the two out" in found["method.begin"]
+    assert (
+        "names no version" in problems(tmp_path, MINIMAL + "method: {kind: prompt, begin: Desks v1}\n")["method.begin"]
+    )
