@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class OwnCluster:
         try:
             self.start_head()
             for _ in range(workers):
-                self._join(cpus)
+                self.join(cpus)
         except BaseException:
             self.close()
             raise
@@ -104,10 +105,14 @@ class OwnCluster:
         }
         return [f"--autoscaling-config={path}"]
 
-    def _join(self, cpus: int) -> None:
-        """One more worker, waited for: of two that start together on one machine, one may end at once."""
+    def join(self, cpus: int, *, inside: Sequence[str] = (), **environment: str) -> None:
+        """One more worker, waited for: of two that start together on one machine, one may end at once.
+
+        `inside`: a command that runs what follows it, with the worker's own files, say.
+        """
         count = len(self.workers)
-        self.workers.append(self._start(f"worker-{count}", "--address", self.address, f"--num-cpus={cpus}"))
+        words = ["--address", self.address, f"--num-cpus={cpus}"]
+        self.workers.append(self._start(f"worker-{count}", *words, inside=inside, **environment))
         end = time.monotonic() + START_S
         while self.alive() < 2 + count:
             assert time.monotonic() < end, self._ask("/nodes?view=summary")
@@ -144,11 +149,12 @@ class OwnCluster:
             if process is not None:
                 kill(process)
 
-    def _start(self, name: str, *words: str) -> subprocess.Popen:
+    def _start(self, name: str, *words: str, inside: Sequence[str] = (), **environment: str) -> subprocess.Popen:
         with open(self.folder / f"{name}.log", "a") as log:
             # The usual port of the nodes' agents may be another cluster's.
-            command = [RAY, "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *words]
-            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+            command = [*inside, RAY, "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *words]
+            env = self.environment | environment
+            return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from ftray.config.load import load_run
 from ftray.doctor.visit import visit
 from tests.cluster.conftest import free_port
+from tests.cluster.own_cluster import OwnCluster
 
 pytestmark = pytest.mark.ray
 
@@ -37,6 +40,56 @@ def test_a_storage_and_a_model_that_are_not_there_are_found_on_a_cluster(cluster
     found = by_about(visit(cluster.address, run))
     assert str(tmp_path / "file") in found["storage"].what
     assert "every node mounts" in found["model"].way_out
+
+
+PLANT = """
+set -e
+mount -t tmpfs -o size=16m none "$STORE"
+mount -t tmpfs -o size=16m none "$TMPDIR"
+mount -t tmpfs -o size=32m none /dev/shm
+mount --bind "$OTHER" "$MODEL"
+sed 's/^Version: .*/Version: 0.0.1/' "$TRL/METADATA" > "$STORE/METADATA"
+mount --bind "$STORE/METADATA" "$TRL/METADATA"
+exec "$@"
+"""
+"""What one machine sees of its files, in a mount namespace: a store and a small disk of its own, little shared memory,
+another model under the same name, and another version of a package."""
+
+
+@pytest.fixture
+def own(tmp_path):
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a machine with its own files needs a mount namespace, and this user may not make one")
+    cluster = OwnCluster(tmp_path, workers=1, cpus=1)
+    yield cluster
+    cluster.close()
+
+
+def test_faults_planted_on_one_machine_are_found_there(own, run_file, small_base, tmp_path):
+    store, other, small = tmp_path / "store", tmp_path / "other", tmp_path / "small"
+    for folder in (store, small):
+        folder.mkdir()
+    shutil.copytree(small_base, other)
+    with (other / "config.json").open("r+") as config:
+        values = json.load(config) | {"rms_norm_eps": 0.5}
+        config.seek(0)
+        config.truncate()
+        json.dump(values, config)
+    paths = {"STORE": store, "OTHER": other, "MODEL": small_base, "TMPDIR": small}
+    paths["TRL"] = distribution("trl").locate_file(f"trl-{version('trl')}.dist-info")
+    inside = ["unshare", "-m", "sh", "-c", PLANT, "sh"]
+    own.join(1, inside=inside, **{name: str(path) for name, path in paths.items()})
+    run = run_file(scale__address=own.address)
+    asked = in_a_process("doctor", str(run), "--json", **own.token)
+    assert asked.returncode == 2, asked.stderr
+    found = {one["about"]: one for one in json.loads(asked.stdout) if one["level"] == "fault"}
+    assert found.keys() == {"storage", "disk", "shared memory", "model", "versions"}
+    assert "does not see what the driver writes" in found["storage"]["what"]
+    assert "0.0 of 0 GiB free" in found["disk"]["what"]
+    assert "32 MiB of /dev/shm" in found["shared memory"]["what"]
+    assert "differs" in found["model"]["what"]
+    assert "trl 0.0.1" in found["versions"]["what"]
+    assert all(one["way_out"] for one in found.values())
 
 
 @pytest.fixture(scope="module")
