@@ -7,7 +7,7 @@
 
 Each line is a run of `ftray train` in a process of its own. Runs are kept in --store by name, so what is finished is
 not done again, and a table may be made over several evenings. Memory is the sum over a run's processes, Ray's own
-included, of what each holds and its share of what it shares (PSS), sampled every second.
+included, of what each holds and its share of what it shares (PSS), sampled every five seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from memory import held
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = 10
-SAMPLE_S = 1.0
+SAMPLE_S = 5.0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from ftray.train.schedule import Schedule
 from ftray.train.track import open_trackers
 from ftray.train.worker import Job, entry
 
+# For the cluster to place the workers. Ray Train counts a lost node's room for up to 20 s, so that a run with a range of
+# workers first asks for too many; one with a fixed number can only wait.
+PLACED_S, PLACED_IN_RANGE_S = 60.0, 10.0
 RESIZE_S = 60.0  # between looks for room for more workers; growing repeats the steps since the last checkpoint
 
 
@@ -92,6 +95,8 @@ def fit(
     )
     # A worker that does not even answer Ray (a frozen machine) is given up as a hang is.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{min(600, max(30, run.scale.hang_timeout_s)):g}"
+    placed_s = PLACED_IN_RANGE_S if isinstance(run.scale.workers, tuple) else PLACED_S
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{placed_s:g}"
     with ExitStack() as stack:
         first = max((row.get("step", 0) for row in folder.metrics() if row.get("kind") == "checkpoint"), default=0)
         sinks = open_trackers(run, storage, folder.key, stack, first=first)
