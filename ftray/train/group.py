@@ -23,7 +23,7 @@ from ftray.train.schedule import Schedule
 from ftray.train.track import open_trackers
 from ftray.train.worker import Job, entry
 
-# For the cluster to place the workers. Ray Train counts a lost node's room for up to 20 s, so that a run with a range of
+# For the cluster to place the workers. Ray Train counts a lost node's room for up to 20 s, so a run with a range of
 # workers first asks for too many; one with a fixed number can only wait.
 PLACED_S, PLACED_IN_RANGE_S = 60.0, 10.0
 RESIZE_S = 60.0  # between looks for room for more workers; growing repeats the steps since the last checkpoint
