@@ -149,8 +149,10 @@ def _add_up(meet: str, rank: int, world: int) -> float:
     import torch.distributed as dist
 
     from ftray.train.cluster import stand_still
+    from ftray.train.meeting import name_interface
 
     stand_still()
+    name_interface()
     limit = timedelta(seconds=ALL_REDUCE_S)
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=limit)
     try:

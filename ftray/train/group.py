@@ -54,10 +54,12 @@ def fit(
     """
     import ray
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from ftray.train.meeting import Meeting
 
     # With the driver: Ray puts an actor that asks for nothing on any node, and with that node the log would end.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -91,7 +93,7 @@ def fit(
             storage_path=storage.uri(f"{folder.key}/ray"),
             failure_config=FailureConfig(max_failures=run.scale.retries),
         ),
-        torch_config=TorchConfig(backend="nccl" if checked.layout.device == "cuda" else "gloo"),
+        torch_config=Meeting(backend="nccl" if checked.layout.device == "cuda" else "gloo"),
     )
     # A worker that does not even answer Ray (a frozen machine) is given up as a hang is.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{min(600, max(30, run.scale.hang_timeout_s)):g}"
@@ -169,8 +171,8 @@ def _last_words(run: Run, error: BaseException) -> TrainError:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: of a traceback the last, which has the error; of anything else the first."""
+    """One line: of a traceback, Ray's too, the last, which has the error; of anything else the first."""
     failures = getattr(error, "worker_failures", None)
     deepest = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
     lines = [line for line in str(deepest).splitlines() if line.strip()] or [type(deepest).__name__]
-    return (lines[-1] if "Traceback" in lines[0] else lines[0]).strip()
+    return (lines[-1] if any(line.startswith('  File "') for line in lines) else lines[0]).strip()

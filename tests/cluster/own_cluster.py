@@ -31,9 +31,9 @@ class OwnCluster:
     in a folder.
     """
 
-    def __init__(self, folder: Path, *, workers: int, cpus: int, most: int = 0):
-        self.folder, self.port, self.dashboard_port = folder, free_port(), free_port()
-        self.address, self.dashboard = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
+    def __init__(self, folder: Path, *, workers: int, cpus: int, most: int = 0, host: str = "127.0.0.1"):
+        self.folder, self.port, self.dashboard_port, self.host = folder, free_port(), free_port(), host
+        self.address, self.dashboard = f"{host}:{self.port}", f"http://{host}:{self.dashboard_port}"
         token, self.secret = folder / "token", secrets.token_hex(32)
         token.write_text(self.secret)
         self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -56,7 +56,8 @@ class OwnCluster:
             raise
 
     def start_head(self) -> None:
-        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}"]
+        ports = [f"--port={self.port}", f"--dashboard-host={self.host}", f"--dashboard-port={self.dashboard_port}"]
+        ports.append(f"--node-ip-address={self.host}")
         temp = Path(f"/tmp/ftray-{self.port}")
         (temp / "ray_current_cluster").unlink(missing_ok=True)  # a new machine would not have it either
         self.head = self._start("head", "--head", "--num-cpus=0", *ports, f"--temp-dir={temp}", *self.growing)
@@ -105,13 +106,13 @@ class OwnCluster:
         }
         return [f"--autoscaling-config={path}"]
 
-    def join(self, cpus: int, *, inside: Sequence[str] = (), **environment: str) -> None:
+    def join(self, cpus: int, *, inside: Sequence[str] = (), host: str | None = None, **environment: str) -> None:
         """One more worker, waited for: of two that start together on one machine, one may end at once.
 
-        `inside`: a command that runs what follows it, with the worker's own files, say.
+        `inside`: a command that runs what follows it, with the worker's own files or network, say.
         """
         count = len(self.workers)
-        words = ["--address", self.address, f"--num-cpus={cpus}"]
+        words = ["--address", self.address, f"--num-cpus={cpus}", f"--node-ip-address={host or self.host}"]
         self.workers.append(self._start(f"worker-{count}", *words, inside=inside, **environment))
         end = time.monotonic() + START_S
         while self.alive() < 2 + count:
