@@ -1,11 +1,14 @@
 """Proximal policy optimisation (arXiv 1707.06347) on language (1909.08593): a value head beside the policy's own head.
 
-The reward of a token is -beta log(pi_old / pi_ref), and the answer's score is added at its last one. One base serves
-policy, reference and value: the head reads the last hidden state of the policy's trunk and is trained with the adapter.
+The reward of a token is -beta log(pi_old / pi_ref), and the answer's score is added at its last one, less the mean of the
+first step's scores (as in 2203.02155, section 3.5): values begin at 0, and what every answer gets would otherwise be
+credited to its last tokens, which teaches to stop early. One base serves policy, reference and value: the head reads the
+last hidden state of the policy's trunk and is trained with the adapter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +23,7 @@ from ftray.objectives import policy_losses
 from ftray.objectives.reinforcement import Batch, Reinforcement
 from ftray.objectives.rollout import Rollout
 
-BETA = "ppo:beta"
+BETA, USUAL = "ppo:beta", "ppo:usual"
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Ppo(Reinforcement):
     def __init__(self, section: Any, *, packed: bool, data: Prepared):
         super().__init__(section, packed=packed, data=data)
         self.beta = float(section.beta)
+        self.usual: float | None = None  # the mean score of the first step's answers
 
     def around(self, model: Any) -> tuple[Any, dict[str, torch.nn.Parameter]]:
         valued = WithValue(model)
@@ -66,7 +70,9 @@ class Ppo(Reinforcement):
         kl_BT = torch.zeros_like(mask_BT)
         if section.beta:
             kl_BT = policy_losses.k1(columns["old"], columns["reference"])
-        scores_B = torch.from_numpy(rollout.scores)
+        if self.usual is None:
+            self.usual = float(rollout.scores.mean())
+        scores_B = torch.from_numpy(rollout.scores) - self.usual
         rewards_BT = policy_losses.token_rewards(scores_B, kl_BT, mask_BT, beta=self.beta)
         advantages_BT = policy_losses.gae(rewards_BT, columns["value"], mask_BT, gamma=section.gamma, lam=section.lam)
         columns["return"] = advantages_BT + columns["value"] * mask_BT
@@ -96,7 +102,10 @@ class Ppo(Reinforcement):
         return {**super().told(sums), "beta": self.beta}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {BETA: torch.tensor(self.beta, dtype=torch.float64)}
+        usual = math.nan if self.usual is None else self.usual
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in ((BETA, self.beta), (USUAL, usual))}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.beta = float(tensors[BETA])
+        usual = float(tensors.get(USUAL, 0.0))  # a checkpoint without it is of a run that took scores as they are
+        self.usual = None if math.isnan(usual) else usual

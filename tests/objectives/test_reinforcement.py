@@ -131,6 +131,7 @@ def test_a_step_of_ppo(group, rollout_folder):
     assert [len(part) for part in parts] == [3, 3, 3, 3]
     assert sorted([*parts[0], *parts[1]]) == sorted([*parts[2], *parts[3]]) == list(range(6))
     scores = rollout.rewards @ np.array([1.0, 0.3])
+    scores -= scores.mean()  # this is the first step
     pairs = list(zip(rollout.prompts, rollout.answers, strict=True))
     head = whole.value_head
 
@@ -168,6 +169,16 @@ def test_a_step_of_ppo(group, rollout_folder):
     mine = ours(objective, whole, rollout, parts[0])
     same(mine, total / count)
     same(gradients(whole, mine), gradients(whole, total / count))
+
+
+def test_a_reward_that_every_answer_gets_teaches_nothing_and_no_length(group, rollout_folder):
+    section = {"kind": "ppo", "samples": 2, "rewards": [{"kind": "regex", "pattern": ""}], "beta": 0.0}
+    objective, _, whole = stand(rollout_folder, run_of(rollout_folder, "ppo-even", section))
+    torch.nn.init.zeros_(whole.value_head.weight)
+    torch.nn.init.zeros_(whole.value_head.bias)
+    rollout, _ = objective.lessons(0, np.array([0, 1, 2]))
+    assert (rollout.scores == 1).all()
+    assert not rollout.columns["advantage"].any()
 
 
 def test_an_answer_ends_with_the_token_that_stopped_it_and_is_drawn_again_alike(group, rollout_folder):
