@@ -1,9 +1,9 @@
 """Proximal policy optimisation (arXiv 1707.06347) on language (1909.08593): a value head beside the policy's own head.
 
-The reward of a token is -beta log(pi_old / pi_ref), and the answer's score is added at its last one, less the mean of the
-first step's scores (as in 2203.02155, section 3.5): values begin at 0, and what every answer gets would otherwise be
-credited to its last tokens, which teaches to stop early. One base serves policy, reference and value: the head reads the
-last hidden state of the policy's trunk and is trained with the adapter.
+The reward of a token is -beta log(pi_old / pi_ref), and the answer's score is added at its last one, less the mean of
+the first step's scores (as in 2203.02155, section 3.5): values begin at 0, and what every answer gets would otherwise
+be credited to its last tokens, which teaches to stop early. One base serves policy, reference and value: the head reads
+the last hidden state of the policy's trunk and is trained with the adapter.
 """
 
 from __future__ import annotations

@@ -27,12 +27,8 @@ def test_too_little_memory_is_too_little_again(reason):
 
 
 def test_of_an_error_on_a_worker_its_last_line_is_told():
-    lines = [
-        "ray::execute._setup()  (pid=7, ip=10.0.0.2)",
-        '  File "config.py", line 153, in setup',
-        "RuntimeError: refused",
-    ]
-    assert "last with: RuntimeError: refused" in str(_last_words(RUN, RuntimeError("\n".join(lines))))
+    trace = ["ray::execute._setup()  (pid=7, ip=10.0.0.2)", '  File "config.py", line 153', "RuntimeError: refused"]
+    assert "last with: RuntimeError: refused" in str(_last_words(RUN, RuntimeError("\n".join(trace))))
 
 
 def test_gloo_is_told_the_interface_that_ray_reaches_the_node_by(monkeypatch):
