@@ -283,6 +283,9 @@ class Evaluate(Section):
     labels: list[str] = Field(
         default_factory=list, description="answers are these labels: adds accuracy, precision, recall, F1"
     )
+    numeric: bool | Auto = Field(
+        "auto", description="answers count by the number they end in: adds pass_at_1; auto: where the expected do"
+    )
     baselines: list[Annotated[int, Field(ge=0, le=32)]] = Field(
         default_factory=list, description="the base prompted with so many training examples, e.g. [0, 4], as a rival"
     )
@@ -353,6 +356,11 @@ class Run(Section):
     def gate(self) -> list[str]:
         """The rules that a version must pass."""
         return list(self.objective.gate) if self.evaluate.gate == "auto" else self.evaluate.gate
+
+    @property
+    def rewards_decide(self) -> bool:
+        """Whether its rewards say which answers are right."""
+        return isinstance(self.objective, REINFORCEMENT) and any(one.decides_right for one in self.objective.rewards)
 
     @property
     def takes_bitsandbytes(self) -> bool:
@@ -451,6 +459,8 @@ def _disagreements(run: Run):
         yield "evaluate.baselines: plain text has no questions to ask; leave it out"
     elif run.evaluate.baselines and not run.evaluate.generate_rows:
         yield "evaluate.baselines: compares generated answers; set evaluate.generate_rows, or leave it out"
+    if run.evaluate.numeric is True:
+        yield from _problems_of_numbers(run)
     if run.evaluate.judge and (run.objective.reads or run.objective.kind == "pretrain"):
         yield f"evaluate.judge: scores answers to held-out prompts, and {run.objective.kind} has none; leave it out"
     elif run.evaluate.judge and not run.evaluate.generate_rows:
@@ -481,6 +491,16 @@ def _task_problems(run: Run):
     for task in tasks:
         if len(name := f"{run.name}-{task}") > 64:
             yield f"name: the version of task {task!r} would be called {name!r}, longer than 64 characters; shorten one"
+
+
+def _problems_of_numbers(run: Run):
+    objective = run.objective
+    if objective.reads or objective.kind == "pretrain":
+        yield f"evaluate.numeric: compares answers to held-out prompts, and {objective.kind} has none; leave it out"
+    elif not run.evaluate.generate_rows:
+        yield "evaluate.numeric: compares generated answers; set evaluate.generate_rows, or leave it out"
+    elif run.rewards_decide:
+        yield "evaluate.numeric: objective.rewards say which answers are right; leave it out"
 
 
 def _rollout_problems(run: Run):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ftray.config.schema import GATE_PATTERN
 from ftray.errors import ConfigError
-from ftray.evaluate.suites import answer_scores, perplexity
+from ftray.evaluate.suites import answer_scores, numbered, perplexity
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ METRICS = {
     ),
     "reward_auc": Metric("Reward AUC", "high", "share", "good answers rewarded above bad ones; a tie is half"),
     "reward": Metric("Reward", "high", "number", "mean reward of greedy answers"),
-    "pass_at_1": Metric("Pass@1", "high", "share", "greedy answers that are right, as the reward tells"),
+    "pass_at_1": Metric(
+        "Pass@1", "high", "share", "greedy answers that are right, by the number they end in or as the reward tells"
+    ),
     "kl": Metric("KL to base", "low", "number", "nats per greedy answer, of the tuned model from its base"),
     "judge_score": Metric("Judge's score", "high", "number", "mean reward of answers by evaluate.judge"),
     "win_rate": Metric("Win rate", "high", "share", "answers that the judge puts above the base's; a tie is half"),
@@ -63,7 +65,7 @@ METRICS = {
     "forgetting": Metric("Forgetting", "low", "number", "general loss, tuned minus base"),
 }
 
-RIVAL_METRICS = ("exact_match", "json_match", "accuracy", "f1")
+RIVAL_METRICS = ("pass_at_1", "exact_match", "json_match", "accuracy", "f1")
 """What prompting without training is compared by."""
 
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -141,20 +143,25 @@ def score(
     answers: Sequence[str] = (),
     tasks: Sequence[str] = (),
     labels: Sequence[str] = (),
+    numeric: Collection[str] = (),
     general_loss: float | None = None,
 ) -> Scores:
     """Scores of the whole cluster: what the objective measured, over all rows and by task, and what answers say.
 
-    `answers` are in step with their `tasks`. Per-task scores are given where there is more than one task.
+    `answers` are in step with their `tasks`; those of the tasks `numeric` are compared by number too. Per-task scores
+    are given where there is more than one task.
     """
     told: dict[str, Scores] = {}
     names = dict.fromkeys([*by_task, *tasks])
+    numbers = numbered(answers, tasks, numeric)
     if len(names) > 1:
         for name in names:
             mine = [index for index, task in enumerate(tasks) if task == name]
-            said = answer_scores([predictions[i] for i in mine], [answers[i] for i in mine], labels)
-            told[name] = Scores.of({**by_task.get(name, {}), **said})
-    whole = Scores.of({**measured, **answer_scores(predictions, answers, labels)})
+            expected = [answers[i] for i in mine]
+            counted = numbered(expected, [name] * len(mine), numeric)
+            said = answer_scores([predictions[i] for i in mine], expected, labels, counted)
+            told[name] = Scores.of({**said, **by_task.get(name, {})})
+    whole = Scores.of({**answer_scores(predictions, answers, labels, numbers), **measured})
     return replace(whole, general_loss=general_loss, tasks=told)
 
 
@@ -260,13 +267,18 @@ def check_gate(gate: Sequence[str]) -> None:
     """Raises ConfigError for rules about a metric that does not exist: better before a run than after it."""
     problems = []
     for index, rule in enumerate(gate):
-        metric = _read(rule)[0]
+        metric = metric_of(rule)
         if metric not in METRICS:
             near = difflib.get_close_matches(metric, METRICS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METRICS)}"
             problems.append((f"evaluate.gate.{index}", f"no metric {metric!r}; {hint}"))
     if problems:
         raise ConfigError("gate", problems)
+
+
+def metric_of(rule: str) -> str:
+    """The metric that a rule of the gate is about."""
+    return _read(rule)[0]
 
 
 def written(metric: str, value: float | None, *, signed: bool = False) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from ftray import __version__
+from ftray.data.numbers import is_number, same_number
 from ftray.evaluate.charts import Series, dumbbell, line_chart
 from ftray.evaluate.compare import METRICS, Change, Comparison, GateResult, with_examples, written
 from ftray.evaluate.data_section import data_section
@@ -92,7 +93,7 @@ def page(
         _scores(compared) if compared else None,
         labels_section(details or {}),
         _curves(metrics, compared),
-        _samples(samples),
+        _samples(samples, by_number=compared is not None and compared.after.pass_at_1 is not None),
         data_section(data) if data else None,
         _recoveries(metrics),
         facts_section("Plan", plan),
@@ -286,17 +287,17 @@ def _curves(metrics: Sequence[Mapping[str, Any]], compared: Comparison | None) -
     return join(tag("h2", "Curves"), tag("div", *drawn, class_="cells two")) if drawn else None
 
 
-def _samples(samples: Sequence[Mapping[str, str]]) -> Html | None:
+def _samples(samples: Sequence[Mapping[str, str]], *, by_number: bool) -> Html | None:
     if not samples:
         return None
     return join(
         tag("h2", "Samples"),
         tag("p", "Held-out questions, answered greedily by both models.", class_="note"),
-        *(_sample(sample) for sample in samples),
+        *(_sample(sample, by_number=by_number) for sample in samples),
     )
 
 
-def _sample(sample: Mapping[str, str]) -> Html:
+def _sample(sample: Mapping[str, str], *, by_number: bool) -> Html:
     prompt, expected = sample.get("prompt", ""), sample.get("expected", "")
     asked = tag("pre", prompt, class_="ask", dir="auto")
     if len(prompt) > LONG_PROMPT:
@@ -304,7 +305,11 @@ def _sample(sample: Mapping[str, str]) -> Html:
     columns = [tag("div", tag("div", "expected", class_="label"), _said(expected))]
     for side in ("base", "tuned"):
         said = sample.get(side, "")
-        right = bool(expected) and (exact_match([said], [expected]) == 1 or json_match([said], [expected]) == 1)
+        right = bool(expected) and (
+            exact_match([said], [expected]) == 1
+            or json_match([said], [expected]) == 1
+            or (by_number and is_number(expected) and same_number(said, expected))
+        )
         label = tag("div", side, tag("span", "✓ as expected", class_="better") if right else None, class_="label")
         columns.append(tag("div", label, _said(said), class_=f"is-{side}{' hit-it' if right else ''}"))
     return tag("div", asked, tag("div", *columns, class_="answers"), class_="card sample")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from ftray.data.numbers import is_number, last_number, same_number
 from ftray.errors import DataError
+
+NEARLY_ALL = 0.95
 
 
 def perplexity(loss: float) -> float:
@@ -39,6 +42,45 @@ def json_match(predictions: Sequence[str], answers: Sequence[str]) -> float | No
         if isinstance(wanted, dict | list):
             hits.append(_same_json(_parsed(said), wanted))
     return _mean(hits) if hits else None
+
+
+def pass_at_1(predictions: Sequence[str], answers: Sequence[str]) -> float:
+    """Share of predictions that end in the number of their answer, as for GSM8K (Cobbe et al. 2021, arXiv 2110.14168).
+
+    With one greedy answer to a question it is pass@k (Chen et al. 2021, arXiv 2107.03374) at n = k = 1.
+    """
+    return _mean([same_number(said, answer) for said, answer in zip(predictions, answers, strict=True)])
+
+
+def numeric_tasks(answers: Sequence[str], tasks: Sequence[str], numeric: bool | Literal["auto"]) -> frozenset[str]:
+    """The tasks whose answers are compared by number: all or none, or with "auto" those where NEARLY_ALL are numbers.
+
+    `answers`: those expected, in step with their tasks; "" is none.
+    """
+    numbers: dict[str, list[bool]] = {}
+    for answer, task in zip(answers, tasks, strict=True):
+        if answer:
+            numbers.setdefault(task, []).append(is_number(answer) if numeric == "auto" else numeric)
+    return frozenset(task for task, found in numbers.items() if _mean(found) >= NEARLY_ALL)
+
+
+def numbered(answers: Sequence[str], tasks: Sequence[str], numeric: Collection[str]) -> list[int]:
+    """Positions of the expected answers that hold a number and belong to one of the tasks `numeric`."""
+    pairs = enumerate(zip(answers, tasks, strict=True))
+    return [row for row, (answer, task) in pairs if task in numeric and last_number(answer) is not None]
+
+
+def check_numbers(answers: Iterable[str], rows: Sequence[str]) -> None:
+    """Raises DataError naming the rows ("file:line") whose expected answer holds no number."""
+    bare = [(row, answer) for row, answer in zip(rows, answers, strict=True) if last_number(answer) is None]
+    if not bare:
+        return
+    lines = [f"evaluate.numeric: {len(bare)} held-out answer{'s hold' if len(bare) > 1 else ' holds'} no number"]
+    lines += [f"  {row}: {_shortened(normalised(answer))!r}" for row, answer in bare[:10]]
+    if len(bare) > 10:
+        lines.append(f"  and {len(bare) - 10} more")
+    lines.append("  correct the rows, or leave evaluate.numeric at auto")
+    raise DataError("\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -95,14 +137,21 @@ def check_labels(labels: Sequence[str], answers: Iterable[str], rows: Sequence[s
     raise DataError("\n".join(lines))
 
 
-def answer_scores(predictions: Sequence[str], answers: Sequence[str], labels: Sequence[str] = ()) -> dict[str, float]:
-    """Every score that generated answers allow, by name; empty where nothing was generated."""
+def answer_scores(
+    predictions: Sequence[str], answers: Sequence[str], labels: Sequence[str] = (), numbers: Sequence[int] = ()
+) -> dict[str, float]:
+    """Every score that generated answers allow, by name; empty where nothing was generated.
+
+    `numbers`: positions of the answers that are compared by their number.
+    """
     if not answers:
         return {}
     scores = {"exact_match": exact_match(predictions, answers)}
     same_json = json_match(predictions, answers)
     if same_json is not None:
         scores["json_match"] = same_json
+    if numbers:
+        scores["pass_at_1"] = pass_at_1([predictions[i] for i in numbers], [answers[i] for i in numbers])
     if labels:
         scores |= vars(label_scores(predictions, answers, labels))
     return scores

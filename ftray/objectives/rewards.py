@@ -10,17 +10,15 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ftray.config.rewards import ByVersion, JsonSchema, Length, Python, Regex, RewardSection
+from ftray.data.numbers import same_number
 from ftray.errors import ConfigError, TrainError
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
-FINAL = "####"  # GSM8K writes the number that counts behind it
 SHOWN = 3
 
 
@@ -97,21 +95,9 @@ class _Unfit(Exception):
         self.key, self.text = key, text
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text, behind the last #### if there is one; commas group thousands."""
-    found = NUMBER.findall(text.rpartition(FINAL)[2]) or NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
-
-
 def exact_match(answer: str, reference: str) -> float:
     """1 where both are the same up to white space."""
     return float(answer.split() == reference.split())
-
-
-def numeric(answer: str, reference: str) -> float:
-    """1 where both end in the same number: 18, 18.0 and $18. are the same."""
-    wanted = last_number(reference)
-    return float(wanted is not None and last_number(answer) == wanted)
 
 
 def too_long(tokens: int, limit: int) -> float:
@@ -210,7 +196,7 @@ def _function(section: Python) -> Callable[..., Any]:
 
 SCORERS: dict[str, Callable[[Any], Scorer]] = {
     "exact_match": lambda section: _each(lambda one: exact_match(one.answer, one.reference)),
-    "numeric": lambda section: _each(lambda one: numeric(one.answer, one.reference)),
+    "numeric": lambda section: _each(lambda one: float(same_number(one.answer, one.reference))),
     "regex": _regex,
     "json_schema": _json_schema,
     "length": _length,

@@ -17,7 +17,7 @@ from ftray.evaluate.compare import check_gate
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.sweep import result
-from ftray.sweep.planning import Planner, check_metric, largest
+from ftray.sweep.planning import Planner, check_answers, check_metric, largest
 from ftray.sweep.records import DONE, FAILED, STOPPED, End, Record, SweepFolder, sign_of
 from ftray.sweep.search import open_search
 from ftray.sweep.table import Board
@@ -74,6 +74,7 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
             ray_ready()
             nodes = _nodes(asked, silent=as_json)
             cluster.check_storage(storage)
+            check_answers(asked, known.data)
             planner = Planner(asked, storage, nodes)
             planner.remember(asked.run, known)
             planner.check()

@@ -12,6 +12,7 @@ from ftray.config.schema import Run
 from ftray.config.space import Values, ends, fixed, run_of, values_of
 from ftray.config.sweeping import Sweep
 from ftray.data.order import epoch_rows
+from ftray.data.prepare import Prepared
 from ftray.errors import ConfigError, ModelError
 from ftray.evaluate.compare import METRICS
 from ftray.store.paths import Storage
@@ -20,7 +21,7 @@ from ftray.sweep.solo import LOSSES
 from ftray.sweep.trial import Task
 from ftray.train import memory, resolve
 from ftray.train.group import for_workers
-from ftray.train.known import Known, check_method
+from ftray.train.known import NO_NUMBERS, Known, check_method, counts_right
 from ftray.train.launch import CheckResult, work_out
 from ftray.train.layout import Node
 from ftray.train.worker import Job
@@ -211,6 +212,8 @@ def check_metric(sweep: Sweep) -> None:
         problem = f"no trial reports {metric} without evaluate.labels; set them, or use exact_match"
     elif metric not in (*LOSSES, "general_loss") and not evaluate.generate_rows:
         problem = f"no trial reports {metric} with evaluate.generate_rows: 0; set it, or use loss"
+    elif metric == "pass_at_1" and evaluate.numeric is False and not sweep.run.rewards_decide:
+        problem = "no trial reports pass_at_1 with evaluate.numeric: false; leave it out"
     elif metric == "general_loss" and not evaluate.forgetting:
         problem = "no trial reports general_loss with evaluate.forgetting: false"
     elif metric not in LOSSES and sweep.run.scale.most > 1 and sweep.stopping.kind != "none":
@@ -219,6 +222,12 @@ def check_metric(sweep: Sweep) -> None:
         )
     if problem:
         raise ConfigError(sweep.name, [("metric", problem)])
+
+
+def check_answers(sweep: Sweep, data: Prepared) -> None:
+    """ConfigError where the sweep's metric compares numbers and the held-out answers are none."""
+    if sweep.metric == "pass_at_1" and not counts_right(sweep.run, data):
+        raise ConfigError(sweep.name, [("metric", f"no trial reports pass_at_1: {NO_NUMBERS}")])
 
 
 def corners(sweep: Sweep) -> list[Values]:

@@ -21,6 +21,10 @@ from ftray.models.load import Shape
 from ftray.store.paths import Storage
 from ftray.train import cluster
 
+NO_NUMBERS = (
+    "it needs evaluate.generate_rows, and held-out answers that are numbers, as 42 or #### 42; where they hold one in "
+    "other words, set evaluate.numeric: true"
+)
 SMALL_BYTES = 64 * 2**20  # below that, tokenising here is quicker than shipping rows to other processes
 
 
@@ -41,7 +45,8 @@ class Known:
     @classmethod
     def of(cls, run: Run, storage: Storage, *, ray_ready: Callable[[], None] | None = None) -> Known:
         """Read, check and prepare. With `ray_ready`, which waits for the cluster, its CPUs tokenise large data."""
-        from ftray.evaluate.suites import check_labels
+        from ftray.evaluate.compare import metric_of
+        from ftray.evaluate.suites import check_labels, check_numbers
         from ftray.models import attention, chain, load, reward
         from ftray.objectives import OBJECTIVES
 
@@ -69,6 +74,14 @@ class Known:
         OBJECTIVES[run.objective.kind].check(run.objective, data)
         if run.evaluate.labels:
             check_labels(run.evaluate.labels, [q.answer for q in data.questions], [q.row for q in data.questions])
+        if run.evaluate.numeric is True:
+            expected = [q for q in data.questions if q.answer]
+            check_numbers([q.answer for q in expected], [q.row for q in expected])
+        if not counts_right(run, data):
+            told = f"pass_at_1 is not measured: {NO_NUMBERS}"
+            rules = [n for n, rule in enumerate(run.gate) if metric_of(rule) == "pass_at_1"]
+            if rules:
+                raise ConfigError(run.name, [(f"evaluate.gate.{n}", told) for n in rules])
         _check_baselines(run, data, config)
         head = OBJECTIVES[run.objective.kind].head(run.objective, data.labels)
         if head is not None:
@@ -85,6 +98,18 @@ class Known:
             beside=(Shape.from_config(other).parameters if other is not None else 0) + rewards,
             lineage=tuple(chain.lineage(run, storage)),
         )
+
+
+def counts_right(run: Run, data: Prepared) -> bool:
+    """Whether scores of this run have a pass_at_1: by its rewards, or by the numbers that its held-out answers are."""
+    from ftray.evaluate.suites import numeric_tasks
+
+    if run.rewards_decide:
+        return True
+    if run.objective.reads or not run.evaluate.generate_rows:
+        return False
+    asked = data.questions
+    return bool(numeric_tasks([q.answer for q in asked], [q.task for q in asked], run.evaluate.numeric))
 
 
 def check_method(run: Run, config: Any, tokenizer: Any = None) -> None:

@@ -17,7 +17,7 @@ from ftray.data.pack import deal
 from ftray.data.tokens import TokenStore
 from ftray.evaluate.compare import Scores, score
 from ftray.evaluate.general import general_text
-from ftray.evaluate.suites import answer_scores
+from ftray.evaluate.suites import answer_scores, numbered, numeric_tasks
 from ftray.models import virtual
 from ftray.models.generate import Given, answer, text_of
 from ftray.models.heads import inner
@@ -77,6 +77,7 @@ class Meter:
         self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.held_out, self.questions = held_out, spread(questions, evaluate.generate_rows)
         self.baselines = {count: spread(asked, evaluate.generate_rows) for count, asked in baselines.items()}
+        self.numeric = numeric_tasks([q.answer for q in questions], [q.task for q in questions], evaluate.numeric)
         self.evaluate, self.layout, self.max_length = evaluate, layout, max_length
         self.computing, self.beat = computing, beat
         self.judge, self.switches_off = judge, switches_off
@@ -102,6 +103,7 @@ class Meter:
             answers=[a.expected for a in expected],
             tasks=[a.task for a in expected],
             labels=self.evaluate.labels,
+            numeric=self.numeric,
             general_loss=general.get("loss"),
         )
         if self.judge is not None and given:
@@ -117,7 +119,8 @@ class Meter:
             if asked := self.baselines.get(count):
                 answers = self._answers(asked, self._given(asked))
             given, expected = [a.given for a in answers], [a.expected for a in answers]
-            found[count] = Scores.of(answer_scores(given, expected, self.evaluate.labels))
+            numbers = numbered(expected, [a.task for a in answers], self.numeric)
+            found[count] = Scores.of(answer_scores(given, expected, self.evaluate.labels, numbers))
         return replace(measured, baselines=found)
 
     def _judged(self, scores: Scores, answers: list[Answer], given: Sequence[Given]) -> tuple[Scores, list[Answer]]:
@@ -146,14 +149,14 @@ class Meter:
     def over(self, store: TokenStore, observe: Callable[[Any, Any], np.ndarray]) -> np.ndarray:
         """[rows, figures]: what `observe(model, batch)` gives for each row of a batch, of every row of a store."""
 
-        def numbered(model: Any, batch: Any) -> np.ndarray:
+        def with_rows(model: Any, batch: Any) -> np.ndarray:
             with virtual.of_rows(model, store, batch.rows):
                 return np.column_stack([np.array(batch.rows, np.float64), observe(model, batch)])
 
         def batch(hand: np.ndarray) -> Any:
             return self.objective.batch(store, hand, spare=0)
 
-        found = self._observed(store.lengths, batch, numbered)
+        found = self._observed(store.lengths, batch, with_rows)
         return found[np.argsort(found[:, 0]), 1:] if len(found) else found
 
     def _observed_rows(self, rows: np.ndarray) -> np.ndarray:

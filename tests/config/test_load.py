@@ -303,6 +303,26 @@ def test_a_method_says_what_it_does_not_go_with(tmp_path, method, override, key,
     assert said in found[key]
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("evaluate: {numeric: true, generate_rows: 0}", "set evaluate.generate_rows"),
+        ("objective: {kind: pretrain}\nevaluate: {numeric: true}", "pretrain has none"),
+        ("objective: {kind: classification}\nevaluate: {numeric: true}", "classification has none"),
+        ("objective: {kind: rloo, rewards: [{kind: exact_match}]}\nevaluate: {numeric: true}", "objective.rewards say"),
+    ],
+)
+def test_numbers_need_answers_that_nothing_else_judges(tmp_path, section, said):
+    assert said in problems(tmp_path, f"{MINIMAL}{section}\n")["evaluate.numeric"]
+
+
+def test_numbers_are_looked_for_unless_a_run_says_otherwise(tmp_path):
+    assert load_run(written(tmp_path, MINIMAL)).evaluate.numeric == "auto"
+    assert load_run(written(tmp_path, MINIMAL + "evaluate: {numeric: false}\n")).evaluate.numeric is False
+    rewards = "objective: {kind: rloo, rewards: [{kind: length, tokens: 9}]}\nevaluate: {numeric: true}\n"
+    assert not load_run(written(tmp_path, MINIMAL + rewards)).rewards_decide
+
+
 def test_baselines_need_answers_to_compare(tmp_path):
     found = problems(tmp_path, MINIMAL + "evaluate: {baselines: [0, 4], generate_rows: 0}\n")
     assert "set evaluate.generate_rows" in found["evaluate.baselines"]

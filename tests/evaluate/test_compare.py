@@ -114,6 +114,22 @@ def test_scores_are_told_per_task_where_there_are_several():
     assert list(compare(scores, scores).tasks) == ["orders", "chat"]
 
 
+def test_a_task_of_numbers_is_scored_by_them_and_a_reward_says_first_what_is_right():
+    given = {
+        "by_task": {"sums": {"loss": 0.5}, "chat": {"loss": 1.5}},
+        "predictions": ["6 * 3 = 18", "17", "42"],
+        "answers": ["#### 18", "#### 18", "42"],
+        "tasks": ["sums", "sums", "chat"],
+    }
+    scores = score({"loss": 1.0}, **given, numeric={"sums"})
+    assert scores.pass_at_1 == scores.tasks["sums"].pass_at_1 == 0.5
+    assert scores.tasks["chat"] == Scores(loss=1.5, exact_match=1.0)
+    assert score({"loss": 1.0}, **given).pass_at_1 is None
+    assert score({"pass_at_1": 0.25}, **given, numeric={"sums"}).pass_at_1 == 0.25
+    comparison = compare(Scores(pass_at_1=0.0), scores, ["pass_at_1 > base", "pass_at_1 >= 0.6"])
+    assert [result.passed for result in comparison.gate] == [True, False]
+
+
 def test_one_task_is_not_told_twice():
     assert score({"loss": 0.5}, by_task={"orders": {"loss": 0.5}}).tasks == {}
 

@@ -197,6 +197,15 @@ def test_text_that_no_file_can_hold_is_replaced_and_nothing_half_written_stays(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
+def test_an_answer_with_the_right_number_is_as_expected_where_numbers_count(page):
+    said = {"prompt": "3 * 6?", "expected": "3 * 6 = 18\n#### 18", "base": "17", "tuned": "It is 18."}
+    by_number = compare(Scores(pass_at_1=0.0), Scores(pass_at_1=0.5)).to_json()
+    text = page(samples=[said], comparison=by_number).text
+    assert text.count("✓ as expected") == 1
+    assert "Pass@1" in text
+    assert "✓ as expected" not in page(samples=[said]).text
+
+
 def test_prompting_without_training_stands_beside_the_tuned_model(page):
     assert "Without training" not in page().text
     compared = compare(Scores(), Scores(exact_match=0.75), baselines={0: Scores(exact_match=0.25), 1: Scores(f1=0.5)})

@@ -8,9 +8,13 @@ from ftray.errors import DataError
 from ftray.evaluate.suites import (
     answer_scores,
     check_labels,
+    check_numbers,
     exact_match,
     json_match,
     label_scores,
+    numbered,
+    numeric_tasks,
+    pass_at_1,
     perplexity,
 )
 
@@ -44,6 +48,33 @@ def test_json_is_compared_by_value(said, answer, equal):
 def test_answers_that_are_no_objects_or_lists_are_not_json():
     assert json_match(["42", "yes"], ["42", "yes"]) is None
     assert json_match(["42", "[]"], ["42", "[]"]) == 1.0
+
+
+def test_pass_at_1_is_the_share_of_answers_that_end_in_the_right_number():
+    said = ["3 * 6 = 18\n#### 18", "$18.00", "18 or 19", "I do not know"]
+    assert pass_at_1(said, ["9 * 2 = 18\n#### 18"] * 4) == 2 / 4
+
+
+def test_tasks_whose_answers_are_nearly_all_numbers_are_compared_by_them():
+    answers = ["#### 1"] * 19 + ["none"] + ["42"] * 9 + ["Paris"] + [""]
+    tasks = ["sums"] * 20 + ["facts"] * 10 + ["sums"]
+    assert numeric_tasks(answers, tasks, "auto") == {"sums"}
+    assert numeric_tasks(answers, tasks, True) == {"sums", "facts"}
+    assert numeric_tasks(answers, tasks, False) == numeric_tasks([], [], "auto") == set()
+    assert numbered(answers, tasks, {"sums"}) == list(range(19))
+    assert numbered(answers, tasks, {"facts"}) == list(range(20, 29))
+
+
+def test_answers_without_a_number_are_named_with_their_rows():
+    check_numbers(["18 eggs"], ["a.jsonl:1"])
+    with pytest.raises(DataError) as error:
+        check_numbers(["18 eggs", "none of\nthem"], ["a.jsonl:1", "a.jsonl:2"])
+    text = str(error.value)
+    assert "evaluate.numeric: 1 held-out answer holds no number" in text
+    assert "a.jsonl:2: 'none of them'" in text
+    assert "a.jsonl:1" not in text
+    with pytest.raises(DataError, match="and 20 more"):
+        check_numbers(["none"] * 30, ["a.jsonl:1"] * 30)
 
 
 def test_label_scores_by_hand():
@@ -80,5 +111,6 @@ def test_many_labels_never_seen_are_counted_not_listed():
 def test_scores_hold_what_the_answers_allow():
     assert answer_scores([], []) == {}
     assert answer_scores(["a"], ["a"]) == {"exact_match": 1.0}
+    assert answer_scores(["18", "b"], ["#### 18", "b"], (), [0]) == {"exact_match": 0.5, "pass_at_1": 1.0}
     assert answer_scores(["[1]"], ["[1]"]) == {"exact_match": 1.0, "json_match": 1.0}
     assert set(answer_scores(["a"], ["a"], ["a", "b"])) == {"exact_match", "accuracy", "precision", "recall", "f1"}

@@ -1,13 +1,11 @@
 """What an answer is worth, and what is told of rewards that cannot be made."""
 
-from decimal import Decimal
-
 import numpy as np
 import pytest
 
 from ftray.config.rewards import ExactMatch, JsonSchema, Length, Numeric, Python, Regex
 from ftray.errors import ConfigError, TrainError
-from ftray.objectives.rewards import Answered, Rewards, last_number
+from ftray.objectives.rewards import Answered, Rewards
 
 
 def answered(answer, reference="", tokens=1, prompt="ask"):
@@ -18,28 +16,6 @@ def answered(answer, reference="", tokens=1, prompt="ask"):
 
 def given(section, *answers):
     return Rewards([section])(answers)[:, 0].tolist()
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("It is 18.", "18"),
-        ("16 - 3 - 4 = 9 eggs, so $18.50 a day", "18.50"),
-        ("5-3", "3"),
-        ("minus -7 degrees", "-7"),
-        ("1,234,567 people", "1234567"),
-        ("first 1,2,3", "3"),
-        ("She earns 9 * 2 = 18\n#### 18", "18"),
-        ("#### 42\nthat is 7 more", "7"),
-        (".5", "0.5"),
-    ],
-)
-def test_the_last_number_of_a_text(text, number):
-    assert last_number(text) == Decimal(number)
-
-
-def test_a_text_without_a_number_has_none():
-    assert last_number("eighteen") is None
 
 
 def test_numeric_compares_values_and_not_their_spelling():

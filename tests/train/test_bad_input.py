@@ -59,6 +59,19 @@ def test_a_label_that_no_row_has_been_told_of(refused):
     assert "label" in said
 
 
+def test_an_answer_without_the_number_that_it_is_to_be_compared_by(refused):
+    rows = [{"prompt": f"name {n}", "completion": "Ann"} for n in range(30)]
+    said = refused(rows=rows, evaluate__numeric="true", data__eval_fraction="0.5")
+    assert "evaluate.numeric" in said
+    assert "rows.jsonl:" in said
+
+
+def test_a_gate_on_numbers_that_the_answers_do_not_hold(refused):
+    said = refused(evaluate__gate="[loss < base, pass_at_1 >= 0.5]")
+    assert "evaluate.gate.1: pass_at_1 is not measured" in said
+    assert "evaluate.numeric: true" in said
+
+
 def test_a_base_that_does_not_exist(refused):
     assert "model.base" in refused(model__base="./no-such-model")
 
