@@ -260,8 +260,10 @@ def _find_files(data: dict[str, Any], folder: Path) -> None:
             found.append(item)
         section[key] = found if isinstance(section[key], list) else found[0]
     section = data.get("evaluate")
-    if isinstance(section, dict) and isinstance(section.get("forgetting"), str):
-        section["forgetting"] = _beside(section["forgetting"], folder)
+    if isinstance(section, dict):
+        for named, key in ((section, "forgetting"), (section.get("lm_eval"), "folder")):
+            if isinstance(named, dict) and isinstance(named.get(key), str):
+                named[key] = _beside(named[key], folder)
     section = data.get("objective")
     for reward in _as_list(section.get("rewards")) if isinstance(section, dict) else []:
         if isinstance(reward, dict) and (match := FUNCTION.fullmatch(str(reward.get("function")))):

@@ -62,7 +62,9 @@ __all__ = [
 
 Auto: TypeAlias = Literal["auto"]
 
-GATE_PATTERN = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\s*")
+LM_EVAL = "lm_eval/"
+"""What the names of scores by lm_eval begin with: lm_eval/<task>/<metric>."""
+GATE_PATTERN = re.compile(rf"\s*([a-z][a-z0-9_]*|{LM_EVAL}[^\s<>=]+)\s*(<=|>=|<|>)\s*(base|-?\d+(?:\.\d+)?)\s*")
 
 
 Count: TypeAlias = Annotated[int, Field(ge=1)]
@@ -274,6 +276,16 @@ class Scale(Section):
         return value
 
 
+class LmEval(Section):
+    """Benchmarks of lm-evaluation-harness. Needs the extra: pip install 'ftray[lm-eval]'."""
+
+    tasks: list[str] = Field(default_factory=list, description="tasks or groups of lm_eval, e.g. [arc_easy, piqa]")
+    limit: int | None = Field(None, ge=1, description="questions of each task; none: all of them")
+    few_shot: int | None = Field(None, ge=0, description="examples before a question; none: as the task says")
+    chat: bool = Field(False, description="questions are put as the base's chat template has them")
+    folder: str | None = Field(None, description="of your own tasks: YAML as lm_eval has it, and Python that it names")
+
+
 class Evaluate(Section):
     every: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="steps between evaluations of the loss; 0: only before and after"
@@ -292,6 +304,7 @@ class Evaluate(Section):
     judge: str | None = Field(
         None, description="a reward version, e.g. support-reward@v1: what it gives answers, and wins over the base's"
     )
+    lm_eval: LmEval = Field(default_factory=LmEval, description="benchmarks, before and after")
     forgetting: bool | str = Field(
         True, description="loss on general text, before and after; or a text file of your own"
     )
@@ -459,6 +472,8 @@ def _disagreements(run: Run):
         yield "evaluate.baselines: plain text has no questions to ask; leave it out"
     elif run.evaluate.baselines and not run.evaluate.generate_rows:
         yield "evaluate.baselines: compares generated answers; set evaluate.generate_rows, or leave it out"
+    if run.evaluate.lm_eval.tasks and run.objective.reads:
+        yield f"evaluate.lm_eval.tasks: are for models that write, and {run.objective.kind} makes none; leave them out"
     if run.evaluate.numeric is True:
         yield from _problems_of_numbers(run)
     if run.evaluate.judge and (run.objective.reads or run.objective.kind == "pretrain"):

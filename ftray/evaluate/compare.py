@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ftray.config.schema import GATE_PATTERN
+from ftray.config.schema import GATE_PATTERN, LM_EVAL
 from ftray.errors import ConfigError
 from ftray.evaluate.suites import answer_scores, numbered, perplexity
 
@@ -65,6 +65,9 @@ METRICS = {
     "forgetting": Metric("Forgetting", "low", "number", "general loss, tuned minus base"),
 }
 
+LM_EVAL_SHARES = {"acc", "acc_norm", "acc_bytes", "exact_match", "exact", "em", "f1", "pass@1"}
+LM_EVAL_LOW = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}
+
 RIVAL_METRICS = ("pass_at_1", "exact_match", "json_match", "accuracy", "f1")
 """What prompting without training is compared by."""
 
@@ -102,6 +105,8 @@ class Scores:
     r2: float | None = None
     pearson: float | None = None
     general_loss: float | None = None
+    lm_eval: dict[str, float] = field(default_factory=dict)
+    """Of benchmarks, by lm_eval/<task>/<metric>."""
     tasks: dict[str, Scores] = field(default_factory=dict)
 
     @property
@@ -115,9 +120,9 @@ class Scores:
         return self.reward_margin is None and self.ece is None and self.mse is None
 
     def values(self) -> dict[str, float]:
-        """What was measured, by name, in the order of METRICS."""
+        """What was measured, by name, in the order of METRICS; then of benchmarks."""
         pairs = ((name, getattr(self, name, None)) for name in METRICS)
-        return {name: value for name, value in pairs if value is not None}
+        return {name: value for name, value in pairs if value is not None} | self.lm_eval
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, without what is not finite. `from_json` reads it back."""
@@ -132,7 +137,8 @@ class Scores:
     def from_json(cls, values: Mapping[str, Any]) -> Scores:
         tasks = {name: cls.from_json(task) for name, task in values.get("tasks", {}).items()}
         measured = {name: value for name, value in values.items() if name not in {"tasks", "perplexity"}}
-        return cls(**measured, tasks=tasks)
+        lm_eval = {name: measured.pop(name) for name in list(measured) if name.startswith(LM_EVAL)}
+        return cls(**measured, lm_eval=lm_eval, tasks=tasks)
 
 
 def score(
@@ -181,7 +187,7 @@ class Change:
     def better(self) -> bool | None:
         if not self.change or math.isnan(self.change):
             return None
-        return (self.change < 0) == (METRICS[self.metric].best == "low")
+        return (self.change < 0) == (about(self.metric).best == "low")
 
 
 @dataclass(frozen=True)
@@ -268,12 +274,21 @@ def check_gate(gate: Sequence[str]) -> None:
     problems = []
     for index, rule in enumerate(gate):
         metric = metric_of(rule)
-        if metric not in METRICS:
+        if metric not in METRICS and not metric.startswith(LM_EVAL):
             near = difflib.get_close_matches(metric, METRICS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METRICS)}"
             problems.append((f"evaluate.gate.{index}", f"no metric {metric!r}; {hint}"))
     if problems:
         raise ConfigError("gate", problems)
+
+
+def about(metric: str) -> Metric:
+    """The row of METRICS, or what is known of a benchmark's score by its name."""
+    if metric in METRICS:
+        return METRICS[metric]
+    kind = metric.removeprefix(LM_EVAL).partition("/")[2].partition("/")[0]
+    best: Literal["low", "high"] = "low" if kind in LM_EVAL_LOW else "high"
+    return Metric(metric, best, "share" if kind in LM_EVAL_SHARES else "number", "of lm-evaluation-harness")
 
 
 def metric_of(rule: str) -> str:
@@ -286,7 +301,7 @@ def written(metric: str, value: float | None, *, signed: bool = False) -> str:
     if value is None:
         return "–"
     sign = "+" if signed else ""
-    if metric in METRICS and METRICS[metric].form == "share":
+    if about(metric).form == "share":
         return f"{100 * value:{sign}.1f} {'pp' if signed else '%'}".replace("-", "−")
     if abs(value) >= 1e5 and math.isfinite(value):
         return f"{value:{sign}.2e}".replace("-", "−")
@@ -301,7 +316,9 @@ def with_examples(count: int) -> str:
 
 def _changes(before: Scores, after: Scores) -> list[Change]:
     old, new = before.values(), after.values()
-    return [Change(name, old.get(name), new.get(name)) for name in METRICS if name in old or name in new]
+    names = [name for name in METRICS if name in old or name in new]
+    benchmarks = dict.fromkeys([*before.lm_eval, *after.lm_eval])
+    return [Change(name, old.get(name), new.get(name)) for name in [*names, *benchmarks]]
 
 
 def _judge(rule: str, before: Scores, after: Scores) -> GateResult:

@@ -21,7 +21,7 @@ import yaml
 from ftray import __version__
 from ftray.data.numbers import is_number, same_number
 from ftray.evaluate.charts import Series, dumbbell, line_chart
-from ftray.evaluate.compare import METRICS, Change, Comparison, GateResult, with_examples, written
+from ftray.evaluate.compare import METRICS, Change, Comparison, GateResult, about, with_examples, written
 from ftray.evaluate.data_section import data_section
 from ftray.evaluate.facts_section import duration, facts_section, number
 from ftray.evaluate.labels_section import labels_section
@@ -179,7 +179,7 @@ def _scores(compared: Comparison) -> Html:
 def _score_table(rows: Sequence[Change]) -> Html:
     lines = []
     for row in rows:
-        metric = METRICS[row.metric]
+        metric = about(row.metric)
         shown = None
         if metric.form == "share" and row.base is not None and row.tuned is not None:
             shown = dumbbell(row.base, row.tuned)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from ftray.evaluate.compare import METRICS, Change, Comparison, with_examples, written
+from ftray.evaluate.compare import METRICS, Change, Comparison, about, with_examples, written
 
 HEAD = ("", "base", "tuned", "change")
 
@@ -74,7 +74,7 @@ def _print_rivals(comparison: Comparison, file: TextIO) -> None:
 def _cells(row: Change) -> tuple[str, str, str, str]:
     change = "" if row.change is None else written(row.metric, row.change, signed=True)
     mark = {True: " better", False: " worse", None: ""}[row.better]
-    return METRICS[row.metric].label, written(row.metric, row.base), written(row.metric, row.tuned), change + mark
+    return about(row.metric).label, written(row.metric, row.base), written(row.metric, row.tuned), change + mark
 
 
 def _gate_lines(comparison: Comparison) -> list[tuple[str, bool]]:

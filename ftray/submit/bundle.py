@@ -79,7 +79,8 @@ def _asked(run: Run) -> list[str]:
     """What a run names that may lie beside its file."""
     sources = [source.path for source in (*run.data.sources, *run.data.eval_sources)]
     forgetting = [run.evaluate.forgetting] if isinstance(run.evaluate.forgetting, str) else []
-    return [*sources, *forgetting, *([] if run.model.version else [run.model.base])]
+    tasks = [run.evaluate.lm_eval.folder] if run.evaluate.lm_eval.folder else []
+    return [*sources, *forgetting, *tasks, *([] if run.model.version else [run.model.base])]
 
 
 def _run_file(named: object, sweep: Path, root: Path) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from ftray.config.sweeping import Pbt, Sweep
 from ftray.errors import ClusterError, ConfigError, TrainError
 from ftray.evaluate.compare import check_gate
+from ftray.evaluate.tasks import check_benchmarks
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.sweep import result
@@ -60,6 +61,7 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
         began = time.monotonic()
         check_metric(asked)
         check_gate(asked.run.gate)
+        check_benchmarks(asked.run)
         storage = Storage(asked.run.storage)
         storage.probe()
         folder = SweepFolder(storage, asked.name)

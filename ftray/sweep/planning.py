@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ftray.config.schema import Run
+from ftray.config.schema import LmEval, Run
 from ftray.config.space import Values, ends, fixed, run_of, values_of
 from ftray.config.sweeping import Sweep
 from ftray.data.order import epoch_rows
@@ -246,6 +246,7 @@ def _trimmed(run: Run, metric: str) -> Run:
     """What a trial measures is what the sweep compares; the best is judged in full at the end."""
     answers = metric not in (*LOSSES, "general_loss")
     changes: dict[str, Any] = {"generate_rows": run.evaluate.generate_rows if answers else 0, "baselines": []}
+    changes["lm_eval"] = LmEval()
     if metric != "general_loss":
         changes["forgetting"] = False
     return run.model_copy(update={"evaluate": run.evaluate.model_copy(update=changes)})

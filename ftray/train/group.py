@@ -144,6 +144,8 @@ def for_workers(run: Run, storage: Storage) -> dict[str, Any]:
         values["model"]["base"] = str(base.resolve())
     if isinstance(run.evaluate.forgetting, str):
         values["evaluate"]["forgetting"] = str(Path(run.evaluate.forgetting).expanduser().resolve())
+    if run.evaluate.lm_eval.folder:
+        values["evaluate"]["lm_eval"]["folder"] = str(Path(run.evaluate.lm_eval.folder).expanduser().resolve())
     for reward in values["objective"].get("rewards", []):
         if reward["kind"] == "python":
             file, _, name = reward["function"].rpartition(":")

@@ -18,6 +18,7 @@ from ftray.data.order import epoch_rows
 from ftray.data.report import DataReport
 from ftray.errors import ConfigError, FtrayError, ModelError, Stopped
 from ftray.evaluate.compare import check_gate
+from ftray.evaluate.tasks import check_benchmarks
 from ftray.models import chain, reward
 from ftray.models.adapt import default_lr
 from ftray.models.load import fingerprint
@@ -185,6 +186,11 @@ def _failure_noted(folder: RunFolder, lease: Lease) -> Iterator[None]:
 def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
     """The run on these nodes, with every `auto` resolved."""
     layout = resolve.lay_out(run, nodes=nodes, shape=known.shape, packs=known.packs, beside=known.beside)
+    if layout.zero == 3 and run.evaluate.lm_eval.tasks:
+        told = (
+            "under ZeRO 3 workers cannot ask the model apart from each other; use scale.zero: 2, or take the tasks out"
+        )
+        raise ConfigError(run.name, [("evaluate.lm_eval.tasks", told)])
     lr = run.optim.lr
     if lr == "auto":
         lr = run.objective.pace * default_lr(run.method, known.shape.parameters, head=known.head is not None)
@@ -312,6 +318,7 @@ def by_number(run: Run, storage: Storage, *, began: Mapping[str, Any] | None) ->
 
 def _storage(run: Run) -> Storage:
     check_gate(run.gate)
+    check_benchmarks(run)
     storage = Storage(run.storage)
     storage.probe()
     return storage

@@ -106,6 +106,8 @@ class Meter:
             numeric=self.numeric,
             general_loss=general.get("loss"),
         )
+        if self.objective.writes and self.evaluate.lm_eval.tasks:
+            scores = replace(scores, lm_eval=self._benchmarks())
         if self.judge is not None and given:
             scores, answers = self._judged(scores, answers, given)
         return Measured(scores, answers, details=self.objective.details(observed))
@@ -169,6 +171,20 @@ class Meter:
 
         return self._observed(self.held_out.lengths[rows], batch, observe)
 
+    def _benchmarks(self) -> dict[str, float]:
+        """By lm_eval/<task>/<metric>."""
+        from ftray.evaluate.benchmarks import benchmarks
+
+        with self._padded(), self._evaluating(), torch.no_grad():
+            return benchmarks(
+                self.model,
+                self.tokenizer,
+                asked=self.evaluate.lm_eval,
+                batch_size=self.layout.micro_batch_size,
+                computing=self.computing,
+                beat=self.beat,
+            )
+
     def _general(self) -> dict[str, float]:
         """Loss on general text; what it rises by is what the model forgot (PEFT's method comparison defines it so)."""
         examples = []
@@ -228,6 +244,16 @@ class Meter:
                 )
         finally:
             core.set_attn_implementation(attention)
+
+        with self._padded(), self._evaluating(), torch.no_grad():
+            given = answer(
+                self.model,
+                self.tokenizer,
+                [question.prompt_ids for question in mine],
+                max_new_tokens=self.objective.answer_tokens or self.evaluate.max_new_tokens,
+                synced=self.layout.zero == 3,
+                on_progress=lambda done, total: self.beat(),
+            )
         ordered = [Given([], None)] * len(questions)
         for rank, share in enumerate(gathered(given)):
             ordered[rank :: self.world] = share
@@ -239,6 +265,17 @@ class Meter:
             Answer(q.row, q.task, prompt, q.answer, text_of(self.tokenizer, one))
             for q, prompt, one in zip(questions, prompts, given, strict=True)
         ]
+
+    @contextmanager
+    def _padded(self) -> Iterator[None]:
+        """Inside, the model's attention knows padded rows."""
+        attention = self.model.config._attn_implementation
+        core = inner(self.model)
+        core.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            core.set_attn_implementation(attention)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

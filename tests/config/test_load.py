@@ -323,6 +323,14 @@ def test_numbers_are_looked_for_unless_a_run_says_otherwise(tmp_path):
     assert not load_run(written(tmp_path, MINIMAL + rewards)).rewards_decide
 
 
+def test_benchmarks_are_for_models_that_write_and_their_folder_may_lie_beside_the_run_file(tmp_path):
+    asked = "evaluate: {lm_eval: {tasks: [own], folder: tasks}}\n"
+    found = problems(tmp_path, MINIMAL + "objective: {kind: classification}\n" + asked)
+    assert "models that write" in found["evaluate.lm_eval.tasks"]
+    (tmp_path / "tasks").mkdir()
+    assert load_run(written(tmp_path, MINIMAL + asked)).evaluate.lm_eval.folder == str(tmp_path / "tasks")
+
+
 def test_baselines_need_answers_to_compare(tmp_path):
     found = problems(tmp_path, MINIMAL + "evaluate: {baselines: [0, 4], generate_rows: 0}\n")
     assert "set evaluate.generate_rows" in found["evaluate.baselines"]

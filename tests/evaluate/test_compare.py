@@ -130,6 +130,19 @@ def test_a_task_of_numbers_is_scored_by_them_and_a_reward_says_first_what_is_rig
     assert [result.passed for result in comparison.gate] == [True, False]
 
 
+def test_benchmarks_have_rows_and_rules_of_their_own():
+    names = ["lm_eval/wikitext/word_perplexity", "lm_eval/gsm8k/exact_match/strict-match"]
+    before = Scores(loss=2.0, lm_eval=dict(zip(names, [20.0, 0.25], strict=True)))
+    after = Scores(loss=1.0, lm_eval=dict(zip(names, [22.0, 0.5], strict=True)))
+    gate = Evaluate(gate=[f"{names[1]} > base", f"{names[0]} <= base", "lm_eval/gsm8k/acc > 0"]).gate
+    comparison = compare(before, after, gate)
+    assert [(row.metric, row.better) for row in comparison.rows[-2:]] == [(names[0], False), (names[1], True)]
+    assert [result.passed for result in comparison.gate] == [True, False, False]
+    assert (written(names[0], 22.0), written(names[1], 0.5)) == ("22.000", "50.0 %")
+    assert comparison.to_json()["after"][names[1]] == 0.5
+    assert Comparison.from_json(json.loads(json.dumps(comparison.to_json()))) == comparison
+
+
 def test_one_task_is_not_told_twice():
     assert score({"loss": 0.5}, by_task={"orders": {"loss": 0.5}}).tasks == {}
 

@@ -1,0 +1,52 @@
+"""What is told of benchmarks before any worker is placed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from ftray.config.schema import Run
+from ftray.errors import ConfigError
+from ftray.evaluate.tasks import check_benchmarks
+
+OWN = "task: choosing\ndataset_path: json\ntest_split: test\ndoc_to_text: prompt\ndoc_to_target: answer\n"
+installed = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra lm-eval is not installed")
+
+
+def problems(gate="auto", **lm_eval):
+    run = Run(name="a", data={"sources": "a.jsonl"}, evaluate={"lm_eval": lm_eval, "gate": gate})
+    with pytest.raises(ConfigError) as error:
+        check_benchmarks(run)
+    return dict(error.value.problems)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="the extra lm-eval is installed")
+def test_without_the_extra_the_way_to_it_is_told():
+    assert "pip install 'ftray[lm-eval]'" in problems(tasks=["arc_easy"])["evaluate.lm_eval.tasks"]
+
+
+def test_a_gate_on_a_benchmark_that_is_not_asked_is_refused():
+    said = problems(gate=["loss < base", "lm_eval/arc_easy/acc >= 0.5"])
+    assert "measured by no task of evaluate.lm_eval.tasks" in said["evaluate.gate.1"]
+
+
+def test_a_run_without_benchmarks_needs_no_extra():
+    check_benchmarks(Run(name="a", data={"sources": "a.jsonl"}))
+
+
+@installed
+def test_an_unknown_task_gets_the_near_ones(tmp_path):
+    (tmp_path / "own.yaml").write_text(OWN)
+    found = problems(tasks=["chosing", "choosing", "arc_esay"], folder=str(tmp_path))
+    assert "did you mean 'choosing'" in found["evaluate.lm_eval.tasks.0"]
+    assert "'arc_easy'" in found["evaluate.lm_eval.tasks.2"]
+    assert len(found) == 2
+
+
+@installed
+def test_a_folder_that_is_not_there_and_a_rule_about_another_task_are_told(tmp_path):
+    assert "no folder" in problems(tasks=["arc_easy"], folder=str(tmp_path / "none"))["evaluate.lm_eval.folder"]
+    (tmp_path / "own.yaml").write_text(OWN)
+    found = problems(tasks=["choosing"], folder=str(tmp_path), gate=["lm_eval/chosing/acc > base"])
+    assert list(found) == ["evaluate.gate.0"]
