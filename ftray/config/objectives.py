@@ -14,8 +14,8 @@ class ObjectiveSection(Section):
     """`decides`: the keys on which prepared data depends; the others change the loss, not the tokens.
 
     `sequences`: texts of at most data.max_length tokens that an example holds. `pace`: of the rate that suits the
-    method, the share that `optim.lr: auto` takes. `gate`: what a version must pass where the run says auto. `reads`:
-    the base reads, under a head of its own, instead of writing.
+    method, the share that `optim.lr: auto` takes. `gate`: where the run says auto, what a version must pass is the
+    first rule whose metric was measured. `reads`: the base reads, under a head of its own, instead of writing.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({"kind"})
@@ -220,6 +220,7 @@ class TokenClassification(ObjectiveSection):
     """A tag for each word: entities by BIO tags, or parts of speech and the like."""
 
     decides: ClassVar[frozenset[str]] = frozenset({"kind", "labels"})
+    gate: ClassVar[tuple[str, ...]] = ("entity_f1 > base", "f1 > base")
     reads: ClassVar[bool] = True
     kind: Literal["token_classification"] = "token_classification"
     labels: list[str] = Field(

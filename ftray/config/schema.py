@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -330,6 +331,11 @@ class Evaluate(Section):
                 )
         return value
 
+    @property
+    def rules(self) -> list[str]:
+        """The gate as the run says it; none where it is auto."""
+        return [] if self.gate == "auto" else self.gate
+
 
 class Track(Section):
     to: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(["tensorboard"], description="trackers")
@@ -365,10 +371,12 @@ class Run(Section):
         """The tasks that the training sources name, in their order."""
         return tuple(dict.fromkeys(source.task for source in self.data.sources if source.task))
 
-    @property
-    def gate(self) -> list[str]:
-        """The rules that a version must pass."""
-        return list(self.objective.gate) if self.evaluate.gate == "auto" else self.evaluate.gate
+    def gate(self, measured: Collection[str]) -> list[str]:
+        """The rules that a version must pass of which these metrics were measured."""
+        if self.evaluate.gate != "auto":
+            return self.evaluate.gate
+        rules = self.objective.gate
+        return [next((rule for rule in rules if rule.split()[0] in measured), rules[0])]
 
     @property
     def rewards_decide(self) -> bool:

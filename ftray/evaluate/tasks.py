@@ -24,7 +24,7 @@ def check_benchmarks(run: Run) -> None:
         manager = manager_of(asked)
         problems = _unknown(asked, manager.all_tasks)
         groups = not set(asked.tasks) <= set(manager.all_subtasks)
-    for n, rule in enumerate(run.gate):
+    for n, rule in enumerate(run.evaluate.rules):
         task = metric_of(rule).removeprefix(LM_EVAL).partition("/")[0]
         if metric_of(rule).startswith(LM_EVAL) and task not in asked.tasks and not groups:
             problems.append((f"evaluate.gate.{n}", NOT_ASKED.format(task=task)))

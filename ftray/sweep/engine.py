@@ -60,7 +60,7 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
     with cluster.quiet():
         began = time.monotonic()
         check_metric(asked)
-        check_gate(asked.run.gate)
+        check_gate(asked.run.evaluate.rules)
         check_benchmarks(asked.run)
         storage = Storage(asked.run.storage)
         storage.probe()

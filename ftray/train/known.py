@@ -79,7 +79,7 @@ class Known:
             check_numbers([q.answer for q in expected], [q.row for q in expected])
         if not counts_right(run, data):
             told = f"pass_at_1 is not measured: {NO_NUMBERS}"
-            rules = [n for n, rule in enumerate(run.gate) if metric_of(rule) == "pass_at_1"]
+            rules = [n for n, rule in enumerate(run.evaluate.rules) if metric_of(rule) == "pass_at_1"]
             if rules:
                 raise ConfigError(run.name, [(f"evaluate.gate.{n}", told) for n in rules])
         _check_baselines(run, data, config)

@@ -317,7 +317,7 @@ def by_number(run: Run, storage: Storage, *, began: Mapping[str, Any] | None) ->
 
 
 def _storage(run: Run) -> Storage:
-    check_gate(run.gate)
+    check_gate(run.evaluate.rules)
     check_benchmarks(run)
     storage = Storage(run.storage)
     storage.probe()

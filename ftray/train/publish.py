@@ -93,7 +93,7 @@ def _comparison(run: Run, storage: Storage, folder: RunFolder) -> Comparison:
     return compare(
         base,
         tuned,
-        run.gate,
+        run.gate(tuned.values()),
         baselines={int(count): Scores.from_json(values) for count, values in before.get("baselines", {}).items()},
     )
 

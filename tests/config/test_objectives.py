@@ -63,3 +63,20 @@ def test_a_starter_of_preferences_says_its_keys(tmp_path):
     path.write_text(starter("dpo", ["pairs.jsonl"], "a"))
     assert load_run(path).objective.kind == "dpo"
     assert "# sft_weight: 0.0" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured", "gate"),
+    [
+        ("sft", ["loss", "token_accuracy"], "loss < base"),
+        ("classification", ["loss", "f1"], "loss < base"),
+        ("{kind: grpo, rewards: [{kind: length, tokens: 9}]}", ["reward"], "reward > base"),
+        ("token_classification", ["loss", "entity_f1"], "entity_f1 > base"),
+        ("token_classification", ["loss", "f1"], "f1 > base"),  # tags that are not BIO
+        ("token_classification", [], "entity_f1 > base"),  # no held-out rows: nothing passes
+    ],
+)
+def test_the_gate_goes_by_the_objective_unless_the_run_says(kind, measured, gate):
+    section = kind if kind.startswith("{") else f"{{kind: {kind}}}"
+    assert run_from(MINIMAL, [f"objective={section}"]).gate(measured) == [gate]
+    assert run_from(MINIMAL, [f"objective={section}", "evaluate.gate=[loss < 2]"]).gate(measured) == ["loss < 2"]
