@@ -16,6 +16,7 @@ class ObjectiveSection(Section):
     `sequences`: texts of at most data.max_length tokens that an example holds. `pace`: of the rate that suits the
     method, the share that `optim.lr: auto` takes. `gate`: where the run says auto, what a version must pass is the
     first rule whose metric was measured. `reads`: the base reads, under a head of its own, instead of writing.
+    `reports`: the metrics that held-out rows can have; those of answers come on top where the model writes.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({"kind"})
@@ -23,6 +24,7 @@ class ObjectiveSection(Section):
     pace: ClassVar[float] = 1.0
     gate: ClassVar[tuple[str, ...]] = ("loss < base",)
     reads: ClassVar[bool] = False
+    reports: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     kind: str
 
     @property
@@ -52,6 +54,7 @@ class Distill(ObjectiveSection):
     """Learn a larger model's distribution of each answer token (Hinton et al., arXiv 1503.02531)."""
 
     decides: ClassVar[frozenset[str]] = frozenset({"kind", "train_on"})
+    reports: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "teacher_kl")
     kind: Literal["distill"] = "distill"
     teacher: str = Field(description="a Hub id or folder with the same tokenizer; it stands frozen in every worker")
     weight: float = Field(0.5, gt=0, le=1, description="share of the teacher in the loss; the rest is the rows' own")
@@ -69,6 +72,7 @@ class Dpo(ObjectiveSection):
 
     sequences: ClassVar[int] = 2
     pace: ClassVar[float] = 0.1
+    reports: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy", "reward_margin")
     kind: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0, description="how closely the base is kept to; small moves further away")
     loss: Literal["sigmoid", "hinge", "ipo", "robust", "normalised"] = Field(
@@ -83,6 +87,7 @@ class Orpo(ObjectiveSection):
 
     sequences: ClassVar[int] = 2
     pace: ClassVar[float] = 0.1
+    reports: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy", "reward_margin")
     kind: Literal["orpo"] = "orpo"
     beta: float = Field(0.1, gt=0, description="weight of the odds ratio beside the chosen answer's loss")
 
@@ -92,6 +97,7 @@ class Kto(ObjectiveSection):
 
     sequences: ClassVar[int] = 1
     pace: ClassVar[float] = 0.1
+    reports: ClassVar[tuple[str, ...]] = ("loss", "reward_margin", "reward_auc")
     kind: Literal["kto"] = "kto"
     beta: float = Field(0.1, gt=0, description="how closely the base is kept to; small moves further away")
     desirable_weight: float = Field(1.0, ge=0, description="of good answers; raise it where they are few")
@@ -107,6 +113,7 @@ class RewardModel(ObjectiveSection):
 
     sequences: ClassVar[int] = 2
     reads: ClassVar[bool] = True
+    reports: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy", "reward_margin", "reward_auc", "accuracy")
     kind: Literal["reward"] = "reward"
     center: float = Field(0.0, ge=0, description="of the squared sum of a pair's rewards, which keeps them near 0")
 
@@ -122,6 +129,7 @@ class Reinforcement(ObjectiveSection):
     decides: ClassVar[frozenset[str]] = frozenset({"max_new_tokens"})
     gate: ClassVar[tuple[str, ...]] = ("reward > base",)
     pace: ClassVar[float] = 0.1
+    reports: ClassVar[tuple[str, ...]] = ("reward", "kl")
     samples: int
     rewards: list[Reward] = Field(min_length=1, description="what an answer is worth: the sum, each by its weight")
     max_new_tokens: int = Field(128, ge=1, description="of an answer; with its prompt at most data.max_length")
@@ -199,6 +207,7 @@ class Classification(ObjectiveSection):
 
     decides: ClassVar[frozenset[str]] = frozenset({"kind", "multi_label", "labels"})
     reads: ClassVar[bool] = True
+    reports: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "precision", "recall", "f1", "f1_micro", "ece")
     kind: Literal["classification"] = "classification"
     multi_label: bool = Field(False, description="a text may have several labels, or none: a list, or a|b")
     labels: list[str] = Field(default_factory=list, description="every label; none: those of the training rows, sorted")
@@ -213,6 +222,7 @@ class Regression(ObjectiveSection):
     """A number for a text."""
 
     reads: ClassVar[bool] = True
+    reports: ClassVar[tuple[str, ...]] = ("loss", "mse", "mae", "r2", "pearson")
     kind: Literal["regression"] = "regression"
 
 
@@ -222,6 +232,15 @@ class TokenClassification(ObjectiveSection):
     decides: ClassVar[frozenset[str]] = frozenset({"kind", "labels"})
     gate: ClassVar[tuple[str, ...]] = ("entity_f1 > base", "f1 > base")
     reads: ClassVar[bool] = True
+    reports: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "token_accuracy",
+        "ece",
+        "f1",
+        "entity_f1",
+        "entity_precision",
+        "entity_recall",
+    )
     kind: Literal["token_classification"] = "token_classification"
     labels: list[str] = Field(
         default_factory=list,

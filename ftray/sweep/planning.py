@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ftray.config.objectives import REINFORCEMENT, TokenClassification
 from ftray.config.schema import LmEval, Run
 from ftray.config.space import Values, ends, fixed, run_of, values_of
 from ftray.config.sweeping import Sweep
 from ftray.data.order import epoch_rows
 from ftray.data.prepare import Prepared
+from ftray.data.tagged import kind_of
 from ftray.errors import ConfigError, ModelError
 from ftray.evaluate.compare import METRICS
 from ftray.store.paths import Storage
 from ftray.sweep.records import Record, SweepFolder, sign_of
-from ftray.sweep.solo import LOSSES
 from ftray.sweep.trial import Task
 from ftray.train import memory, resolve
 from ftray.train.group import for_workers
@@ -28,7 +29,8 @@ from ftray.train.worker import Job
 
 SHAPING = ("model", "data", "objective")  # what decides about tokens, beside the seed
 CHECKED = 64  # corners of the space that are laid out before anything starts
-LABELLED = ("accuracy", "precision", "recall", "f1")
+LABELLED = ("accuracy", "precision", "recall", "f1")  # of generated answers: with evaluate.labels
+JUDGED = ("judge_score", "kl")  # with evaluate.judge
 
 
 @dataclass(frozen=True)
@@ -196,38 +198,68 @@ def largest(sweep: Sweep) -> int:
 
 
 def check_metric(sweep: Sweep) -> None:
-    """ConfigError unless every trial will report the sweep's metric."""
+    """ConfigError unless every trial will report the sweep's metric, if its rows have it at all."""
     import difflib
 
-    metric, evaluate = sweep.metric, sweep.run.evaluate
+    metric, evaluate, objective = sweep.metric, sweep.run.evaluate, sweep.run.objective
+    own = metric in objective.reports
+    known = reported(objective)
     problem = None
     if metric == "forgetting":
         problem = "it compares with the base; use general_loss, which has the same order"
     elif metric not in METRICS:
         near = difflib.get_close_matches(metric, METRICS, n=1)
-        problem = f"no metric {metric!r}; " + (
-            f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}"
-        )
-    elif metric in LABELLED and not evaluate.labels:
-        problem = f"no trial reports {metric} without evaluate.labels; set them, or use exact_match"
-    elif metric not in (*LOSSES, "general_loss") and not evaluate.generate_rows:
-        problem = f"no trial reports {metric} with evaluate.generate_rows: 0; set it, or use loss"
-    elif metric == "pass_at_1" and evaluate.numeric is False and not sweep.run.rewards_decide:
-        problem = "no trial reports pass_at_1 with evaluate.numeric: false; leave it out"
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
+        problem = f"no metric {metric!r}; {hint}"
+    elif metric not in known:
+        problem = f"{objective.kind} reports no {metric}; use one of {', '.join(known)}"
     elif metric == "general_loss" and not evaluate.forgetting:
         problem = "no trial reports general_loss with evaluate.forgetting: false"
-    elif metric not in LOSSES and sweep.run.scale.most > 1 and sweep.stopping.kind != "none":
+    elif _generated(metric, objective) and not evaluate.generate_rows:
+        way_out = "set it" if own else f"set it, or use {objective.reports[0]}"
+        problem = f"no trial reports {metric} with evaluate.generate_rows: 0; {way_out}"
+    elif metric == "pass_at_1" and evaluate.numeric is False and not sweep.run.rewards_decide:
+        problem = "no trial reports pass_at_1 with evaluate.numeric: false; leave it out"
+    elif not own and metric in LABELLED and not evaluate.labels:
+        problem = f"no trial reports {metric} without evaluate.labels; set them, or use exact_match"
+    elif not own and metric in JUDGED and not evaluate.judge:
+        problem = f"no trial reports {metric} without evaluate.judge; name a reward version, or use exact_match"
+    elif not own and sweep.run.scale.most > 1 and sweep.stopping.kind != "none":
         problem = (
-            f"trials of several workers report loss on the way and {metric} at their end; use loss, or no stopping"
+            f"trials of several workers report {objective.reports[0]} on the way and {metric} at their end; "
+            f"use {objective.reports[0]}, or no stopping"
         )
     if problem:
         raise ConfigError(sweep.name, [("metric", problem)])
 
 
 def check_answers(sweep: Sweep, data: Prepared) -> None:
-    """ConfigError where the sweep's metric compares numbers and the held-out answers are none."""
-    if sweep.metric == "pass_at_1" and not counts_right(sweep.run, data):
-        raise ConfigError(sweep.name, [("metric", f"no trial reports pass_at_1: {NO_NUMBERS}")])
+    """ConfigError where the held-out rows do not have the sweep's metric: numbers for answers, or tags of entities."""
+    metric, problem = sweep.metric, None
+    if metric == "pass_at_1" and not counts_right(sweep.run, data):
+        problem = NO_NUMBERS
+    if isinstance(sweep.run.objective, TokenClassification):
+        entities = any(kind_of(label) for label in data.labels)
+        if metric == "f1" and entities:
+            problem = "the tags are BIO; use entity_f1"
+        elif metric.startswith("entity_") and not entities:
+            problem = "no tag is BIO; use f1"
+    if problem:
+        raise ConfigError(sweep.name, [("metric", f"no trial reports {metric}: {problem}")])
+
+
+def reported(objective: Any) -> tuple[str, ...]:
+    """The metrics that a trial can report under an objective."""
+    if objective.reads:
+        return objective.reports
+    answers = () if objective.kind == "pretrain" else ("exact_match", "json_match", "pass_at_1", *LABELLED, *JUDGED)
+    return tuple(dict.fromkeys([*objective.reports, *answers, "general_loss"]))
+
+
+def _generated(metric: str, objective: Any) -> bool:
+    """Whether a metric is of generated answers."""
+    own = metric in objective.reports
+    return isinstance(objective, REINFORCEMENT) if own else metric != "general_loss"
 
 
 def corners(sweep: Sweep) -> list[Values]:
@@ -244,9 +276,8 @@ def corners(sweep: Sweep) -> list[Values]:
 
 def _trimmed(run: Run, metric: str) -> Run:
     """What a trial measures is what the sweep compares; the best is judged in full at the end."""
-    answers = metric not in (*LOSSES, "general_loss")
-    changes: dict[str, Any] = {"generate_rows": run.evaluate.generate_rows if answers else 0, "baselines": []}
-    changes["lm_eval"] = LmEval()
+    rows = run.evaluate.generate_rows if _generated(metric, run.objective) else 0
+    changes: dict[str, Any] = {"generate_rows": rows, "baselines": [], "lm_eval": LmEval()}
     if metric != "general_loss":
         changes["forgetting"] = False
     return run.model_copy(update={"evaluate": run.evaluate.model_copy(update=changes)})

@@ -24,9 +24,6 @@ from ftray.store.runs import RunFolder
 from ftray.train.track import open_trackers
 from ftray.train.worker import Job, Worker
 
-# what needs no generated answers
-LOSSES = ("loss", "perplexity", "token_accuracy", "reward_accuracy", "reward_margin", "reward_auc")
-
 
 @dataclass
 class Bench:
@@ -78,7 +75,8 @@ class Solo(Worker):
     def measure(self) -> dict[str, float]:
         """The scores of the held-out rows that the sweep's metric needs, by name."""
         with self._watched() as self.watchdog:
-            scores = Scores.of(self.meter.quick()) if self.metric in LOSSES else self.meter.full().scores
+            own = self.metric in self.run.objective.reports
+            scores = Scores.of(self.meter.quick()) if own else self.meter.full().scores
         return self._scored(scores)
 
     def finish(self) -> dict[str, float]:

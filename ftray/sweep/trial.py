@@ -12,6 +12,7 @@ import math
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from ray import tune
 
 from ftray.config.schema import Run
 from ftray.errors import FtrayError
+from ftray.evaluate.compare import METRICS, Scores
 from ftray.models import leave_out_bitsandbytes
 from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
@@ -199,7 +201,7 @@ class Seat(tune.Trainable):
         last = worker.at >= steps
         scores = worker.finish() if last else worker.measure()
         if not math.isfinite(scores.get(task.metric, math.nan)):
-            return self._failed(f"step {worker.at}: the held-out {task.metric} is not a number; lower optim.lr")
+            return self._failed(f"step {worker.at}: {_lacking(task.metric, scores)}")
         self.spent += time.monotonic() - began
         row = task.report(step=worker.at, scores=scores, seconds=self.spent, lr=worker.schedule.lr)
         worker.flush(row)
@@ -279,29 +281,30 @@ class GroupSeat(tune.Trainable):
 
     def _next(self) -> dict[str, Any] | None:
         """The next report, made of what the workers have logged."""
-        from ftray.sweep.solo import LOSSES
-
         rows = sorted((r for r in self.task.folder.metrics() if r["kind"] == "eval"), key=lambda row: row["step"])
         if len(rows) <= self.told or self.task.judge:
             return None
         row = rows[self.told]
         self.told += 1
-        return self._tell(row["step"], {name: row[name] for name in LOSSES if name in row})
+        scores = Scores.from_json({name: row[name] for name in METRICS if name in row})
+        return self._tell(row["step"], scores.values())
 
     def _last(self) -> dict[str, Any]:
-        from ftray.evaluate.compare import Scores
-
         kept = self.task.storage.read_json(f"{self.task.folder.key}/after.json")
         scores = Scores.from_json(kept["scores"]).values()
         if not math.isfinite(scores.get(self.task.metric, math.nan)):
-            return self.task.end(FAILED, f"the held-out {self.task.metric} is not a number; lower optim.lr")
+            return self.task.end(FAILED, _lacking(self.task.metric, scores))
         row = self._tell(self.task.job.schedule.steps, scores)
         return {**self.task.result(row), **self.task.end(DONE, scores=scores)}
 
     def _tell(self, step: int, scores: dict[str, float]) -> dict[str, Any]:
-        if "token_accuracy" in scores and math.isfinite(scores["loss"]):
-            scores = {**scores, "perplexity": math.exp(min(700.0, scores["loss"]))}
         seconds = self.before + time.monotonic() - self.began
         row = self.task.report(step=step, scores=scores, seconds=seconds, lr=self.task.job.schedule.lr)
         self.task.folder.append_metrics([row])
         return row
+
+
+def _lacking(metric: str, scores: Mapping[str, float]) -> str:
+    """Why a trial has no score. A score that is not finite may have been left out already."""
+    others = ", ".join(name for name in scores if name != metric)
+    return f"the held-out {metric} is not a number; lower optim.lr" + (f", or compare by {others}" if others else "")
