@@ -35,10 +35,12 @@ class Token:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`spans`: where each token lies in the text, in characters; a token of the tokenizer's own has an empty one."""
+    """`spans`: where each token lies in the text, in characters; a token of the tokenizer's own has an empty one.
+    `words`: which of the tokenizer's words it is of."""
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+    words: tuple[int | None, ...]
 
 
 class Prompts:
@@ -71,7 +73,7 @@ class Prompts:
         return await self._run(_length(texts), lambda: [self._ids(text, special=True) for text in texts])
 
     async def with_spans(self, texts: Sequence[str], *, most: int | None = None, param: str) -> list[Encoded]:
-        """As of_texts, and where each token lies in its text."""
+        """As of_texts, and where each token lies in its text, and in which word."""
         for text in texts:
             self._check_length([text], most, param=param)
         return await self._run(_length(texts), lambda: [self._encoded(text) for text in texts])
@@ -113,9 +115,9 @@ class Prompts:
     def _encoded(self, text: str) -> Encoded:
         if not self._tokenizer.is_fast:
             ids = self._ids(text, special=True)
-            return Encoded(ids, ((0, 0),) * len(ids))
+            return Encoded(ids, ((0, 0),) * len(ids), (None,) * len(ids))
         encoding = self._tokenizer(text, return_offsets_mapping=True, verbose=False)
-        return Encoded(tuple(encoding["input_ids"]), tuple(encoding["offset_mapping"]))
+        return Encoded(tuple(encoding["input_ids"]), tuple(encoding["offset_mapping"]), tuple(encoding.word_ids()))
 
     def _token(self, id: int) -> Token:
         spelled = self._tokenizer.convert_ids_to_tokens(id)

@@ -94,28 +94,36 @@ def _fitting(ids: list[tuple[int, ...]], facts: EngineFacts) -> list[tuple[int, 
 def _labels(result: Labelled, text: str, where: Encoded) -> dict[str, Any]:
     if not result.tokens:
         return {"label": _best(result.scores), "scores": dict(result.scores)}
-    tokens = [
-        {"start": start, "end": end, "text": text[start:end], "label": _best(scores), "scores": dict(scores)}
-        for (start, end), (_, scores) in zip(where.spans, result.tokens, strict=True)
-        if end > start  # the tokenizer's own tokens stand for no text
-    ]
-    return {"tokens": tokens, "spans": _spans(tokens, text)}
+    tokens, words = [], []
+    for span, word, (_, scores) in zip(where.spans, where.words, result.tokens, strict=True):
+        start, end = _without_blanks(text, *span)
+        if end > start:  # the tokenizer's own tokens stand for no text
+            label = _best(scores)
+            tokens.append({"start": start, "end": end, "text": text[start:end], "label": label, "scores": dict(scores)})
+            words.append(word)
+    return {"tokens": tokens, "spans": _spans(tokens, words, text)}
 
 
-def _spans(tokens: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """Neighbours of one kind as one: B- begins a span, I- goes on with it, O is none. `score` is their mean."""
+def _spans(tokens: Sequence[dict[str, Any]], words: Sequence[int | None], text: str) -> list[dict[str, Any]]:
+    """Neighbouring words of one kind as one: B- begins a span, I- goes on with it, O is none. `score` is their mean.
+
+    A word is what its first token says, the only one that training asked for a label. It ends at a blank, as some
+    tokenizers take a whole text for one word.
+    """
     spans: list[dict[str, Any]] = []
-    before = None
-    for token in tokens:
-        part, _, kind = (
-            token["label"].rpartition("-") if token["label"][:2] in ("B-", "I-") else ("", "", token["label"])
-        )
+    kind, word, end = "O", None, 0
+    for token, its in zip(tokens, words, strict=True):
+        goes_on = its is not None and its == word and token["start"] <= end
+        word, end = its, token["end"]
+        if not goes_on:
+            before, label = kind, token["label"]
+            part, kind = (label[0], label[2:]) if label[:2] in ("B-", "I-") else ("", label)
+            if kind != "O":
+                if kind != before or part == "B":
+                    spans.append({"label": kind, "start": token["start"], "scores": []})
+                spans[-1]["scores"].append(token["scores"][label])
         if kind != "O":
-            if kind != before or part == "B":
-                spans.append({"label": kind, "start": token["start"], "scores": []})
-            spans[-1]["end"] = token["end"]
-            spans[-1]["scores"].append(token["scores"][token["label"]])
-        before = kind
+            spans[-1]["end"] = end
     return [
         {
             "label": span["label"],
@@ -126,6 +134,13 @@ def _spans(tokens: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
         }
         for span in spans
     ]
+
+
+def _without_blanks(text: str, start: int, end: int) -> tuple[int, int]:
+    """Many tokens take the blank before a word along."""
+    piece = text[start:end]
+    start += len(piece) - len(piece.lstrip())
+    return start, start + len(piece.strip())
 
 
 def _best(scores: Mapping[str, float]) -> str | None:

@@ -83,14 +83,32 @@ def test_an_engine_that_reads_does_not_write(client):
         client.chat.completions.create(model="base", messages=[{"role": "user", "content": "a"}])
 
 
-def test_labels_of_tokens_are_put_together_to_spans(storage, tokenizer):
-    text = "two flat whites please"
+@pytest.fixture(scope="module")
+def by_token(storage, tokenizer) -> Iterator[Running]:
+    """Its tokens are B-THING, I-THING, O, B-THING, … by their places."""
     with running(Serving(storage=str(storage)), engine=ReaderEngine(by_token=True), tokenizer=tokenizer) as started:
-        [one] = classify(started, model="orders", input=text).json()["data"]
-    tokens, spans = one["tokens"], one["spans"]
-    assert "".join(token["text"] for token in tokens).replace(" ", "") == text.replace(" ", "")
-    assert [token["label"] for token in tokens[:3]] == ["B-THING", "I-THING", "O"]
-    assert all(span["label"] == "THING" and span["score"] == 0.5 for span in spans)
-    assert spans[0]["start"] == tokens[0]["start"]
-    assert spans[0]["end"] == tokens[1]["end"]
-    assert spans[0]["text"] == text[spans[0]["start"] : spans[0]["end"]]
+        yield started
+
+
+def test_labels_of_tokens_are_put_together_to_spans(by_token):
+    text = "go flat out please"
+    [one] = classify(by_token, model="orders", input=text).json()["data"]
+    tokens = [(token["text"], token["label"]) for token in one["tokens"]]
+    assert tokens == [("go", "B-THING"), ("flat", "I-THING"), ("out", "O"), ("please", "B-THING")]
+    assert one["spans"] == [
+        {"label": "THING", "start": 0, "end": 7, "text": "go flat", "score": 0.5},
+        {"label": "THING", "start": 12, "end": 18, "text": "please", "score": 0.5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("he said no more", ["he said no"]),  # he s-a-id no more: B I-O-B I O
+        ("flibbertigibbets and two whites", ["flibbertigibbets and", "whites"]),
+        ("an €uro", ["an"]),  # blank and sign are five tokens
+    ],
+)
+def test_a_span_ends_where_a_word_does(by_token, text, spans):
+    [one] = classify(by_token, model="orders", input=text).json()["data"]
+    assert [span["text"] for span in one["spans"]] == spans
