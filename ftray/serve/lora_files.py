@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import AdapterError
+from ftray.models.heads import LABELS
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<half>lora_A|lora_B)\.weight")
 _MORE = (
@@ -37,13 +38,14 @@ class LoraLayer:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, or {} for a folder with a whole model. AdapterError when it cannot be read."""
+    """adapter_config.json, or {} for a folder with a whole model. AdapterError when it cannot be read, or does not
+    write text."""
+    if (folder / LABELS).exists():
+        raise AdapterError("it reads under a head and writes no text; one of an encoder needs engine: {kind: encoder}")
     path = folder / "adapter_config.json"
     if not path.exists():
         if (folder / "config.json").exists():
             return {}
-        if (folder / "head.json").exists():
-            raise AdapterError("it is a head over a frozen base; serve it with engine: {kind: encoder}")
         raise AdapterError(f"{folder} has neither adapter_config.json nor config.json; publish it again")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
