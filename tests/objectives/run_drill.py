@@ -1,6 +1,6 @@
 """Whole runs as workers make them but without Ray: processes, gloo, real engines and files.
 
-The base is a random Llama over 40 words; its tokenizer knows `w0` to `w39`, and everything else is `w0`.
+The base is a random Llama, or a BERT, over 40 words; the tokenizer knows `w0` to `w39`, and everything else is `w0`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,34 @@ def write_base(folder: Path) -> None:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token="w2").save_pretrained(folder)
+
+
+def write_encoder(folder: Path) -> None:
+    """A random BERT over the same words, and its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="w1 $A w2", pair="w1 $A w2 $B:1 w2:1", special_tokens=[("w1", 1), ("w2", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, cls_token="w1", sep_token="w2", pad_token="w3", unk_token="w0"
+    ).save_pretrained(folder)
 
 
 def write_rows(path: Path, count: int = 24) -> None:
@@ -133,6 +161,7 @@ def _worker(rank: int, folder: str, workers: int, runs: list, out: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     dist.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=workers)
+    gc.freeze()  # what libraries made is not looked through after each run
     found: dict[str, list] = {}
     for values, known in runs:
         try:
@@ -147,11 +176,20 @@ def _worker(rank: int, folder: str, workers: int, runs: list, out: str) -> None:
     dist.destroy_process_group()
 
 
-def _logits(model: Any) -> list:
-    """What the model says of ASKED."""
+def _logits(run: Any, model: Any) -> list:
+    """What the model says of ASKED; a head alone, of the vectors that its base has for them."""
+    from ftray.models.features import Text, load_reader, pooling_for
+
+    was_training = model.training
     with torch.no_grad():
-        found = model.eval()(input_ids=torch.tensor(ASKED)).logits
-    return found[:, -5:].tolist()
+        if run.method.kind == "feature":
+            pooling = pooling_for(run.model, run.method)
+            read = load_reader(run.model, pooling=pooling, dtype=torch.float32, device="cpu")
+            found = model.eval()(read([Text(ids) for ids in ASKED]))
+        else:
+            found = model.eval()(input_ids=torch.tensor(ASKED)).logits[:, -5:]
+    model.train(was_training)
+    return found.tolist()
 
 
 def _run(values: dict[str, Any], known: dict[str, Any], workers: int) -> list[dict[str, Any]]:
@@ -210,6 +248,7 @@ def _run(values: dict[str, Any], known: dict[str, Any], workers: int) -> list[di
         worker._build()
         first = worker._resume()
         worker._before(first)
+        rows.append({"kind": "begun", "values": _logits(run, worker.model)})
         last = schedule.steps if until is None else until
         for step in range(first, last):
             worker._step(step)
@@ -221,8 +260,7 @@ def _run(values: dict[str, Any], known: dict[str, Any], workers: int) -> list[di
     for name in ("before", "after"):
         if (measured := worker._kept(f"{name}.json")) is not None:
             rows.append({"kind": name, **measured})
-    if run.method.kind != "feature":  # a head alone reads no tokens
-        rows.append({"kind": "logits", "values": _logits(worker.model)})
+    rows.append({"kind": "logits", "values": _logits(run, worker.model)})
     worker.engine.destroy()
     return rows
 

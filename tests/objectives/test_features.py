@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from run_drill import run_all
+from run_drill import run_all, write_encoder
 from run_drill import write_base as write_causal
 from safetensors.torch import load_file, save_file
 
@@ -32,31 +32,6 @@ from ftray.store.vectors import VectorStore
 from ftray.train import features
 
 ROWS = 40
-
-
-def write_encoder(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="w1 $A w2", pair="w1 $A w2 $B:1 w2:1", special_tokens=[("w1", 1), ("w2", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, cls_token="w1", sep_token="w2", pad_token="w3", unk_token="w0"
-    ).save_pretrained(folder)
 
 
 def texts(count: int) -> list[str]:
