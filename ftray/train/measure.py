@@ -228,29 +228,13 @@ class Meter:
         if not questions:
             return []
         mine = questions[self.rank :: self.world]
-        attention = self.model.config._attn_implementation
-        core = inner(self.model)
-        core.set_attn_implementation("sdpa")
-        try:
-            with self._evaluating(), torch.no_grad():
-                given = answer(
-                    self.model,
-                    self.tokenizer,
-                    [question.prompt_ids for question in mine],
-                    max_new_tokens=self.objective.answer_tokens or self.evaluate.max_new_tokens,
-                    tasks=[question.task for question in mine],
-                    synced=self.layout.zero == 3,
-                    on_progress=lambda done, total: self.beat(),
-                )
-        finally:
-            core.set_attn_implementation(attention)
-
         with self._padded(), self._evaluating(), torch.no_grad():
             given = answer(
                 self.model,
                 self.tokenizer,
                 [question.prompt_ids for question in mine],
                 max_new_tokens=self.objective.answer_tokens or self.evaluate.max_new_tokens,
+                tasks=[question.task for question in mine],
                 synced=self.layout.zero == 3,
                 on_progress=lambda done, total: self.beat(),
             )

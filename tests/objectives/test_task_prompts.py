@@ -80,6 +80,10 @@ def test_the_run_learns_and_scores_each_task_with_its_own_prompt(world):
     )
     for task in ("red", "blue"):
         assert after[task]["loss"] < before[task]["loss"]
+    answers = next(row for row in rows if row["kind"] == "after")["answers"]
+    red, blue = ([(a["prompt"], a["given"]) for a in answers if a["task"] == task] for task in ("red", "blue"))
+    assert [prompt for prompt, _ in red] == [prompt for prompt, _ in blue]
+    assert all(one != other for one, other in zip(red, blue, strict=True))
     assert sorted(load_file(output_of(folder) / "tasks.safetensors")) == ["blue", "red"]
 
 
