@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 
 import engine_contract
@@ -12,6 +13,7 @@ from engine_contract import GREEDY, Answer, ask, loaded, request
 from engine_world import make_adapter, make_world
 
 from ftray.errors import AdapterError, ModelError, ServeError
+from ftray.models.heads import REWARD, write_head
 from ftray.serve import native
 from ftray.serve.build import build_engine
 from ftray.serve.text import TextStream
@@ -262,6 +264,13 @@ def test_a_model_of_another_shape_is_refused(engine, world, runner):
     world.tokenizer.save_pretrained(folder)
     with pytest.raises(AdapterError, match="another shape"):
         runner.run(engine.load("other-shape", folder))
+
+
+def test_a_version_with_a_head_is_refused_although_its_weights_could_write(engine, world, runner, tmp_path):
+    folder = shutil.copytree(world.base, tmp_path / "reward")
+    write_head(folder, REWARD)
+    with pytest.raises(AdapterError, match="reads under a head and writes no text"):
+        runner.run(engine.load("reward", folder))
 
 
 def test_an_adapter_that_would_change_the_base_at_its_start_leaves_it_alone(engine, world, runner):
