@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ftray.config.schema import VERSION, Method, Model, Prompt, Run
+from ftray.config.methods import Method, Prompt
+from ftray.config.schema import VERSION, Model, Run
 from ftray.errors import ModelError
 from ftray.models.feature_files import HEAD_CONFIG
 from ftray.models.merge import UNMERGEABLE, merge

@@ -11,7 +11,8 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from ftray.config.schema import MultitaskPrompt, Run
+from ftray.config.methods import MultitaskPrompt
+from ftray.config.schema import Run
 from ftray.evaluate.compare import Comparison, Scores, compare, win_rate
 from ftray.evaluate.report import write_report
 from ftray.models.adapt import reader_servability, servability

@@ -8,7 +8,8 @@ import torch
 from run_drill import ASKED, run_all, run_of, write_base
 from safetensors.torch import load_file
 
-from ftray.config.schema import Prompt, Run
+from ftray.config.methods import Prompt
+from ftray.config.schema import Run
 from ftray.errors import ModelError, RegistryError
 from ftray.models import chain
 from ftray.models.merge import load_version
