@@ -20,6 +20,7 @@ from ftray.config.methods import (
     Full,
     Lora,
     Method,
+    Prompt,
 )
 from ftray.config.objectives import (
     REINFORCEMENT,
@@ -360,6 +361,11 @@ class Run(Section):
     def tasks(self) -> tuple[str, ...]:
         """The tasks that the training sources name, in their order."""
         return tuple(dict.fromkeys(source.task for source in self.data.sources if source.task))
+
+    @property
+    def begins_as(self) -> str | None:
+        """The version that its prompt begins as, if it names one."""
+        return self.method.begin if isinstance(self.method, Prompt) else None
 
     def gate(self, measured: Collection[str]) -> list[str]:
         """The rules that a version must pass of which these metrics were measured."""

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -59,9 +60,9 @@ def pinned(asked: Asked, storage: Storage, *, began: str | None = None) -> Asked
 
 def pinned_prompt(run: Run, storage: Storage, *, began: str | None = None) -> Run:
     """The run with the version that its prompt begins as by number; `began` as in `pinned`."""
-    if not isinstance(run.method, Prompt) or run.method.begin is None:
+    if run.begins_as is None:
         return run
-    begin = numbered(run.method.begin, storage, began=began)
+    begin = numbered(run.begins_as, storage, began=began)
     return run.model_copy(update={"method": run.method.model_copy(update={"begin": begin})})
 
 
@@ -95,13 +96,13 @@ def found(model: Model, storage: Storage) -> Model:
     return model.at(str(_local_copy(storage, key)))
 
 
-def lineage(run: Run, storage: Storage) -> list[dict[str, str]]:
-    """The versions that a run's base is made of, and its first prompt, the first trained first: [{version, digest}, …].
+def lineage(refs: Iterable[str | None], storage: Storage) -> list[dict[str, str]]:
+    """The versions that these are made of and they themselves, the first trained first: [{version, digest}, …].
 
-    [] for a plain base.
+    None is no version, as of a plain base.
     """
     made: list[dict[str, str]] = []
-    for ref in (run.model.version, getattr(run.method, "begin", None)):
+    for ref in refs:
         if ref is not None:
             version = Registry(storage).resolve(ref)
             made += [*version.card.get("lineage", []), {"version": version.id, "digest": version.digest}]

@@ -24,10 +24,10 @@ def prompt_of(folder: Path) -> Any:
 
 
 def by_task(folder: Path, into: Path) -> dict[str, Path]:
-    """A version of several tasks as a version of prompt tuning for each, by its task; {} for any other version."""
+    """A version of several tasks as a version of prompt tuning for each, by its task."""
     from safetensors.torch import load_file, save_file
 
-    prompts = load_file(folder / TASKS) if (folder / TASKS).is_file() else {}
+    prompts = load_file(folder / TASKS)
     for task, prompt in prompts.items():
         shutil.copytree(folder, into / task, ignore=shutil.ignore_patterns(TASKS))
         save_file({TENSOR: prompt}, into / task / ADAPTER, metadata={"format": "pt"})

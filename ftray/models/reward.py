@@ -5,7 +5,8 @@ A run names them in `objective.rewards` and `evaluate.judge`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from tempfile import gettempdir
@@ -141,14 +142,19 @@ def _files(version: Version, storage: Storage) -> Path:
 
 
 def _numbered(key: str, ref: str, storage: Storage, began: str | None) -> str:
-    try:
+    with _at(key):
         return chain.numbered(ref, storage, began=began)
-    except RegistryError as error:
-        raise type(error)(f"{key}: {error}") from error
 
 
 def _resolved(key: str, ref: str, storage: Storage) -> Version:
-    try:
+    with _at(key):
         return Registry(storage).resolve(ref)
+
+
+@contextmanager
+def _at(key: str) -> Iterator[None]:
+    """Inside, what the registry refuses is said of a run's key."""
+    try:
+        yield
     except RegistryError as error:
         raise type(error)(f"{key}: {error}") from error

@@ -96,9 +96,12 @@ def as_prompt(config: Any) -> Any:
     """PEFT's configuration of prompt tuning with what one of several tasks holds: both compute the same."""
     from peft import PromptTuningConfig
 
-    same = ("task_type", "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     return PromptTuningConfig(
-        **{name: getattr(config, name) for name in same},
+        task_type=config.task_type,
+        num_virtual_tokens=config.num_virtual_tokens,
+        token_dim=config.token_dim,
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
         num_transformer_submodules=config.num_transformer_submodules,
     )
 

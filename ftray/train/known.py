@@ -45,8 +45,7 @@ class Known:
     @classmethod
     def of(cls, run: Run, storage: Storage, *, ray_ready: Callable[[], None] | None = None) -> Known:
         """Read, check and prepare. With `ray_ready`, which waits for the cluster, its CPUs tokenise large data."""
-        from ftray.evaluate.compare import metric_of
-        from ftray.evaluate.suites import check_labels, check_numbers
+        from ftray.evaluate.suites import check_labels
         from ftray.models import attention, chain, load, reward
         from ftray.objectives import OBJECTIVES
 
@@ -74,14 +73,7 @@ class Known:
         OBJECTIVES[run.objective.kind].check(run.objective, data)
         if run.evaluate.labels:
             check_labels(run.evaluate.labels, [q.answer for q in data.questions], [q.row for q in data.questions])
-        if run.evaluate.numeric is True:
-            expected = [q for q in data.questions if q.answer]
-            check_numbers([q.answer for q in expected], [q.row for q in expected])
-        if not counts_right(run, data):
-            told = f"pass_at_1 is not measured: {NO_NUMBERS}"
-            rules = [n for n, rule in enumerate(run.evaluate.rules) if metric_of(rule) == "pass_at_1"]
-            if rules:
-                raise ConfigError(run.name, [(f"evaluate.gate.{n}", told) for n in rules])
+        _check_numbers(run, data)
         _check_baselines(run, data, config)
         head = OBJECTIVES[run.objective.kind].head(run.objective, data.labels)
         if head is not None:
@@ -96,7 +88,7 @@ class Known:
             head=head,
             encoder=is_encoder(config),
             beside=(Shape.from_config(other).parameters if other is not None else 0) + rewards,
-            lineage=tuple(chain.lineage(run, storage)),
+            lineage=tuple(chain.lineage([run.model.version, run.begins_as], storage)),
         )
 
 
@@ -151,6 +143,20 @@ def check_lengths(model: Any, data: Prepared, *, virtual: int = 0) -> None:
             f"data.max_length: the longest text has {longest} tokens, and the base reads {positions - virtual}; "
             f"use data.max_length: {positions - virtual}"
         )
+
+
+def _check_numbers(run: Run, data: Prepared) -> None:
+    """DataError where answers that count by number hold none, ConfigError where the gate counts them and none does."""
+    from ftray.evaluate.compare import metric_of
+    from ftray.evaluate.suites import check_numbers
+
+    if run.evaluate.numeric is True:
+        expected = [q for q in data.questions if q.answer]
+        check_numbers([q.answer for q in expected], [q.row for q in expected])
+    rules = [n for n, rule in enumerate(run.evaluate.rules) if metric_of(rule) == "pass_at_1"]
+    if rules and not counts_right(run, data):
+        told = f"pass_at_1 is not measured: {NO_NUMBERS}"
+        raise ConfigError(run.name, [(f"evaluate.gate.{n}", told) for n in rules])
 
 
 def _check_baselines(run: Run, data: Prepared, config: Any) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.config import load
-from ftray.config.schema import Feature, Run
+from ftray.config.methods import Feature, MultitaskPrompt
+from ftray.config.schema import Run
 from ftray.data.order import epoch_rows
 from ftray.data.report import DataReport
 from ftray.errors import ConfigError, FtrayError, ModelError, Stopped
@@ -168,7 +169,7 @@ def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:
             comparison=comparison,
             error=None,
         )
-        tasks = _tasks(version, storage)
+        tasks = _tasks(run, version, storage)
         return Outcome(run.name, version, report, comparison, time.monotonic() - began, resumed, tasks)
 
 
@@ -275,12 +276,14 @@ def _finished(run: Run, folder: RunFolder, began: float) -> Outcome | None:
         comparison=state["comparison"],
         seconds=time.monotonic() - began,
         resumed=True,
-        tasks=_tasks(version, folder.storage) if run.tasks and version else {},
+        tasks=_tasks(run, version, folder.storage),
     )
 
 
-def _tasks(version: str, storage: Storage) -> dict[str, str]:
+def _tasks(run: Run, version: str | None, storage: Storage) -> dict[str, str]:
     """The version of each task that learnt in the same run, by the task's name."""
+    if version is None or not isinstance(run.method, MultitaskPrompt):
+        return {}
     return dict(Registry(storage).resolve(version).card.get("tasks", {}))
 
 
@@ -306,7 +309,7 @@ def based(run: Run, folder: RunFolder, *, fresh: bool = False) -> Run:
 
 
 def names_versions(run: Run) -> bool:
-    return run.model.version is not None or bool(reward.named(run)) or getattr(run.method, "begin", None) is not None
+    return run.model.version is not None or bool(reward.named(run)) or run.begins_as is not None
 
 
 def by_number(run: Run, storage: Storage, *, began: Mapping[str, Any] | None) -> Run:

@@ -19,10 +19,6 @@ from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 
 
-def run_on(model):
-    return Run(name="next", model=model, data={"sources": "rows.jsonl"})
-
-
 def published(storage, name, model, folder, method=None, *, seed=1):
     """A version with random values of `method` on a base, published as a run does it."""
     method = method or Lora(rank=4)
@@ -34,7 +30,7 @@ def published(storage, name, model, folder, method=None, *, seed=1):
     }
     save_version(adapted, folder, method=method, state=learnt, tokenizer=load_tokenizer(located))
     card = {"base": model.base, "base_fingerprint": fingerprint(located), "method": method.model_dump()}
-    card |= {"servability": servability(method), "lineage": chain.lineage(run_on(model), storage)}
+    card |= {"servability": servability(method), "lineage": chain.lineage([model.version], storage)}
     return Registry(storage).publish(name, folder, card, folder.name)
 
 
@@ -76,7 +72,7 @@ def test_a_chain_of_three_is_one_sum(storage, base, first, ids, tmp_path):
     merged = load_base(third, method=Lora(), dtype=torch.float32).eval()
     tuned = answers_as(storage, Model(base="adapters:first@v1"), second, ids, tmp_path)
     torch.testing.assert_close(logits(merged, ids), tuned, atol=1e-5, rtol=1e-4)
-    assert chain.lineage(run_on(third), storage) == [
+    assert chain.lineage([third.version], storage) == [
         {"version": "first@v1", "digest": first.digest},
         {"version": "second@v1", "digest": second.digest},
     ]

@@ -126,7 +126,7 @@ def test_a_new_task_begins_with_what_the_others_share(world):
         runs.append(run)
     logs = run_all(folder, runs)
     assert losses(logs["warm"])[0] < losses(logs["cold"])[0] - 0.2
-    lineage = chain.lineage(Run.model_validate(runs[0]), storage)
+    lineage = chain.lineage([Run.model_validate(runs[0]).begins_as], storage)
     assert [made["version"] for made in lineage] == ["desks@v1"]
 
 
