@@ -219,6 +219,17 @@ class Comparison:
         """Rise of the loss on general text, nats per token."""
         return _forgetting(self.before, self.after)
 
+    def of_task(self, task: str) -> Comparison:
+        """The task's own scores; all of them where it has none. A rule about what no task has for itself, as
+        forgetting, is judged by all.
+        """
+        if task not in self.before.tasks or task not in self.after.tasks:
+            return self
+        own = compare(self.before.tasks[task], self.after.tasks[task], [whole.rule for whole in self.gate])
+        measured = own.after.values()
+        pairs = zip(own.gate, self.gate, strict=True)
+        return replace(own, gate=[mine if metric_of(mine.rule) in measured else whole for mine, whole in pairs])
+
     def rivals(self) -> list[tuple[str, list[float | None], float | None]]:
         """(metric, the base by number of examples, tuned) of what answers score; [] without baselines."""
         by_count = [scores.values() for _, scores in sorted(self.baselines.items())]

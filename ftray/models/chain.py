@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 from ftray.config.methods import Method, Prompt
 from ftray.config.schema import VERSION, Model, Run
-from ftray.errors import ModelError
+from ftray.errors import ModelError, RegistryError
 from ftray.models.feature_files import HEAD_CONFIG
 from ftray.models.merge import UNMERGEABLE, merge
 from ftray.models.prompts import prompt_of
@@ -54,7 +54,7 @@ def pinned(asked: Asked, storage: Storage, *, began: str | None = None) -> Asked
     if ref is None:
         return asked
     before = began.removeprefix(VERSION) if began is not None and began.startswith(VERSION) else None
-    base = VERSION + numbered(ref, storage, began=before)
+    base = VERSION + numbered("model.base", ref, storage, began=before)
     return asked.model_copy(update={"model": asked.model.model_copy(update={"base": base})})
 
 
@@ -62,15 +62,23 @@ def pinned_prompt(run: Run, storage: Storage, *, began: str | None = None) -> Ru
     """The run with the version that its prompt begins as by number; `began` as in `pinned`."""
     if run.begins_as is None:
         return run
-    begin = numbered(run.begins_as, storage, began=began)
+    begin = numbered("method.begin", run.begins_as, storage, began=began)
     return run.model_copy(update={"method": run.method.model_copy(update={"begin": begin})})
 
 
-def numbered(ref: str, storage: Storage, *, began: str | None = None) -> str:
+def numbered(key: str, ref: str, storage: Storage, *, began: str | None = None) -> str:
     """A version by its number: `began`, where that is another of the same name and `ref` says no number itself."""
     if began is not None and began.partition("@")[0] == ref.partition("@")[0] and not _is_number(ref):
         return began
-    return Registry(storage).resolve(ref).id
+    return resolved(key, ref, storage).id
+
+
+def resolved(key: str, ref: str, storage: Storage) -> Version:
+    """The version that the key of a run or serve file names; what the registry refuses is said of that key."""
+    try:
+        return Registry(storage).resolve(ref)
+    except RegistryError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def _is_number(ref: str) -> bool:
@@ -116,10 +124,9 @@ def first_prompt(method: Method, storage: Storage, *, width: int) -> Any:
     """
     if not isinstance(method, Prompt) or method.begin is None:
         return None
-    registry = Registry(storage)
-    version = registry.resolve(method.begin)
+    version = resolved("method.begin", method.begin, storage)
     try:
-        prompt = prompt_of(registry.fetch(version, _cache(version.digest)))
+        prompt = prompt_of(Registry(storage).fetch(version, _cache(version.digest)))
     except ModelError as error:
         raise ModelError(f"method.begin: {version.id} {error}") from None
     tokens, theirs = prompt.shape

@@ -5,8 +5,7 @@ A run names them in `objective.rewards` and `evaluate.judge`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from tempfile import gettempdir
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from ftray.config.methods import is_adapter
 from ftray.config.rewards import ByVersion
 from ftray.config.schema import Model, Run
-from ftray.errors import ModelError, RegistryError
+from ftray.errors import ModelError
 from ftray.models import chain
 from ftray.models.heads import REWARD
 from ftray.models.load import Shape, fingerprint, load_config, load_tokenizer
@@ -47,7 +46,7 @@ def pinned(run: Run, storage: Storage, *, began: Mapping[str, Any] | None = None
     if not asked:
         return run
     before = _named_before(began) if began else {}
-    numbers = {key: _numbered(key, ref, storage, before.get(key)) for key, ref in asked.items()}
+    numbers = {key: chain.numbered(key, ref, storage, began=before.get(key)) for key, ref in asked.items()}
     changes: dict[str, Any] = {}
     if "evaluate.judge" in numbers:
         changes["evaluate"] = run.evaluate.model_copy(update={"judge": numbers["evaluate.judge"]})
@@ -67,7 +66,7 @@ def check(run: Run, storage: Storage, tokenizer: Any) -> int:
     where it is no reward model, or reads other tokens than the run's base."""
     weights = {}
     for key, ref in named(run).items():
-        version = _resolved(key, ref, storage)
+        version = chain.resolved(key, ref, storage)
         kind = (version.card.get("objective") or {}).get("kind")
         if kind != "reward":
             raise ModelError(
@@ -87,7 +86,7 @@ def check(run: Run, storage: Storage, tokenizer: Any) -> int:
 def load(ref: str, storage: Storage, *, dtype: Any, beside: Any = None) -> Any:
     """A reward version with its base, frozen, on the CPU. What of it `beside`, a model that learns, holds frozen too,
     is held once."""
-    version = _resolved("reward", ref, storage)
+    version = chain.resolved("reward", ref, storage)
     base = chain.found(_base(version), storage)
     model, _ = load_version(base, _files(version, storage), version.card, dtype)
     model.eval().requires_grad_(False)
@@ -139,22 +138,3 @@ def _base(version: Version) -> Model:
 
 def _files(version: Version, storage: Storage) -> Path:
     return Registry(storage).fetch(version, Path(gettempdir(), "ftray-cache", "versions", version.digest))
-
-
-def _numbered(key: str, ref: str, storage: Storage, began: str | None) -> str:
-    with _at(key):
-        return chain.numbered(ref, storage, began=began)
-
-
-def _resolved(key: str, ref: str, storage: Storage) -> Version:
-    with _at(key):
-        return Registry(storage).resolve(ref)
-
-
-@contextmanager
-def _at(key: str) -> Iterator[None]:
-    """Inside, what the registry refuses is said of a run's key."""
-    try:
-        yield
-    except RegistryError as error:
-        raise type(error)(f"{key}: {error}") from error

@@ -41,10 +41,12 @@ def conclude(
         files = storage.download(f"{folder.key}/output", Path(temp, "output"))
         registry = Registry(storage)
         if isinstance(run.method, MultitaskPrompt):
-            about = {**card, "method": {"kind": "prompt", "tokens": run.method.tokens}}
+            prompts = by_task(files, Path(temp, "tasks"))
+            method = {"kind": "prompt", "tokens": run.method.tokens}
+            cards = {task: {**_of_task(card, task, run, comparison), "method": method} for task in prompts}
             card["tasks"] = {
-                task: registry.publish(f"{run.name}-{task}", prompt, about | {"of_task": task}, key=key).id
-                for task, prompt in by_task(files, Path(temp, "tasks")).items()
+                task: registry.publish(f"{run.name}-{task}", prompt, cards[task], key=key).id
+                for task, prompt in prompts.items()
             }
         version = registry.publish(run.name, files, card, key=key)
     report, written = write_comparison(run, storage, folder, checked=checked, version=version)
@@ -116,13 +118,22 @@ def _card(run: Run, known, checked, comparison: Comparison) -> dict[str, Any]:
         "seed": run.seed,
         "steps": checked.schedule.steps,
         "settings": checked.settings,
-        "gate": comparison.to_json()["gate"],
-        "metrics": comparison.to_json(),
-        "forgetting": comparison.forgetting,
+        **_measured(comparison),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": {name: installed(name) for name in PACKAGES},
         **reads,
     }
+
+
+def _of_task(card: Mapping[str, Any], task: str, run: Run, comparison: Comparison) -> dict[str, Any]:
+    """The card of a run of several tasks as one task's version has it: its own sources, scores and gate."""
+    data = {**card["data"], "sources": [source.path for source in run.data.sources if source.task == task]}
+    return {**card, "of_task": task, "data": data, **_measured(comparison.of_task(task))}
+
+
+def _measured(comparison: Comparison) -> dict[str, Any]:
+    metrics = comparison.to_json()
+    return {"gate": metrics["gate"], "metrics": metrics, "forgetting": metrics["forgetting"]}
 
 
 def _served(run: Run, known) -> str:

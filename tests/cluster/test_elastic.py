@@ -36,8 +36,10 @@ def test_from_three_workers_to_two_and_back_the_curve_is_that_of_three(cluster, 
     # the two stand still meanwhile: on a fast machine they would be done before
     writer = live.rows("started")[-1]["pid"]
     os.kill(writer, signal.SIGSTOP)
-    time.sleep(SEEN_S)
-    os.kill(writer, signal.SIGCONT)
+    try:
+        time.sleep(SEEN_S)
+    finally:
+        os.kill(writer, signal.SIGCONT)
     live.end()
     assert sizes(live) == [3, 2, 3]
     assert curve(live.folder) == pytest.approx(curve(fixed.folder), abs=1e-4)

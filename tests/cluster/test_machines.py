@@ -15,14 +15,23 @@ from tests.cluster.own_cluster import OwnCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-BRIDGE, NET = "ftray-test", "10.203.7"
-MACHINES = {"ftray-a": f"{NET}.2", "ftray-b": f"{NET}.3"}
+OWN = f"ft{os.getpid()}"  # an interface's name has at most 15 letters
+BRIDGE, NET = f"{OWN}-br", f"10.203.{os.getpid() % 256}"
+MACHINES = {f"{OWN}-a": f"{NET}.2", f"{OWN}-b": f"{NET}.3"}
 
 
 def ip(*words):
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"machines of our own need network namespaces: ip {' '.join(words)}: {done.stderr.strip()}")
+    subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+
+
+def need_namespaces():
+    """Skips where this machine does not let us have any."""
+    name = f"{OWN}-try"
+    try:
+        ip("netns", "add", name)
+        ip("netns", "del", name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"machines of our own need network namespaces: {getattr(error, 'stderr', None) or error}")
 
 
 def inside(name):
@@ -32,6 +41,7 @@ def inside(name):
 @pytest.fixture(scope="module")
 def network():
     """Two namespaces that reach each other and us over a bridge."""
+    need_namespaces()
     try:
         ip("link", "add", BRIDGE, "type", "bridge")
         ip("addr", "add", f"{NET}.1/24", "dev", BRIDGE)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -112,6 +113,20 @@ def test_scores_are_told_per_task_where_there_are_several():
     assert scores.tasks["orders"] == Scores(loss=0.5, token_accuracy=0.75, exact_match=1.0, json_match=1.0)
     assert scores.tasks["chat"] == Scores(loss=1.5, token_accuracy=0.25, exact_match=0.5)
     assert list(compare(scores, scores).tasks) == ["orders", "chat"]
+
+
+def test_a_task_is_judged_by_its_own_scores_and_by_all_where_it_has_none():
+    tasks = {"orders": Scores(loss=1.0, exact_match=0.2), "chat": Scores(loss=3.0)}
+    tuned = {"orders": Scores(loss=0.5, exact_match=0.1), "chat": Scores(loss=2.0)}
+    rules = ["loss < base", "exact_match > base", "forgetting < 0.5"]
+    whole = compare(replace(BASE, tasks=tasks), replace(TUNED, tasks=tuned), rules)
+    orders, chat = whole.of_task("orders"), whole.of_task("chat")
+    assert [(r.value, r.passed) for r in orders.gate[:2]] == [(0.5, True), (0.1, False)]
+    assert [(r.value, r.passed) for r in chat.gate[:2]] == [(2.0, True), (0.8, True)]
+    assert orders.gate[2] == chat.gate[2] == whole.gate[2]
+    assert orders.after == tuned["orders"]
+    assert orders.forgetting is None
+    assert whole.of_task("no rows of it were held out") is whole
 
 
 def test_a_task_of_numbers_is_scored_by_them_and_a_reward_says_first_what_is_right():

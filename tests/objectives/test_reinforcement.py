@@ -12,6 +12,7 @@ from run_drill import run_of, stand
 
 from ftray.models import generate
 from ftray.models.adapt import trainable
+from ftray.objectives.ppo import USUAL
 
 REWARDS = [{"kind": "regex", "pattern": r"w9\b"}, {"kind": "length", "tokens": 4, "weight": 0.3}]
 
@@ -179,6 +180,20 @@ def test_a_reward_that_every_answer_gets_teaches_nothing_and_no_length(group, ro
     rollout, _ = objective.lessons(0, np.array([0, 1, 2]))
     assert (rollout.scores == 1).all()
     assert not rollout.columns["advantage"].any()
+
+
+def test_a_resumed_ppo_scores_as_it_began_to(group, rollout_folder):
+    objective, _, _ = stand(rollout_folder, run_of(rollout_folder, "ppo-again", {"kind": "ppo", "rewards": REWARDS}))
+    objective.restore(objective.tensors())
+    assert objective.usual is None
+    objective.beta, objective.usual = 0.3, 0.7
+    kept = objective.tensors()
+    objective.beta, objective.usual = 0.1, None
+    objective.restore(kept)
+    assert (objective.beta, objective.usual) == (0.3, 0.7)
+    del kept[USUAL]
+    objective.restore(kept)
+    assert objective.usual == 0.0
 
 
 def test_an_answer_ends_with_the_token_that_stopped_it_and_is_drawn_again_alike(group, rollout_folder):

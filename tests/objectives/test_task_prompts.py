@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from every_run import publish
 from run_drill import ASKED, run_all, run_of, write_base
 from safetensors.torch import load_file
 
 from ftray.config.methods import Prompt
 from ftray.config.schema import Run
 from ftray.errors import ModelError, RegistryError
+from ftray.evaluate.compare import metric_of
 from ftray.models import chain
 from ftray.models.merge import load_version
-from ftray.models.prompts import by_task
 from ftray.models.task_prompts import TaskPrompts
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
@@ -47,11 +48,18 @@ def desks(folder, name, **sections):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder, log rows of the run of two tasks)."""
+    """(folder, log rows of the run of two tasks); its versions are published: desks@v1, desks-red@v1, desks-blue@v1."""
     folder = tmp_path_factory.mktemp("tasks")
     write_base(folder / "base")
     write_tasks(folder)
-    return folder, run_all(folder, [desks(folder, "desks")])["desks"]
+    rows = run_all(folder, [desks(folder, "desks")])["desks"]
+    publish(desks(folder, "desks"))
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def storage(world):
+    return Storage(str(world[0] / "store"))
 
 
 def output_of(folder):
@@ -60,17 +68,6 @@ def output_of(folder):
 
 def losses(rows):
     return [row["loss"] for row in rows if row["kind"] == "train"]
-
-
-def published(folder):
-    """The run's output as versions: desks@v1 of all, desks-red@v1 of one task, as a driver publishes them."""
-    storage = Storage(str(folder / "store"))
-    output = output_of(folder)
-    registry, card = Registry(storage), {"base": str(folder / "base"), "method": {"kind": "prompt", "tokens": 4}}
-    found = {"desks": registry.publish("desks", output, card, "k")}
-    split = folder / "split"
-    parts = {task: split / task for task in ("red", "blue")} if split.exists() else by_task(output, split)
-    return storage, found | {t: registry.publish(f"desks-{t}", part, card, "k") for t, part in parts.items()}
 
 
 def test_the_run_learns_and_scores_each_task_with_its_own_prompt(world):
@@ -88,17 +85,34 @@ def test_the_run_learns_and_scores_each_task_with_its_own_prompt(world):
     assert sorted(load_file(output_of(folder) / "tasks.safetensors")) == ["blue", "red"]
 
 
-def test_each_tasks_version_is_a_prompt_that_answers_as_its_task(world):
+def test_each_tasks_card_has_its_own_sources_scores_and_gate(world, storage):
+    folder, rows = world
+    registry = Registry(storage)
+    whole = registry.resolve("desks@v1").card
+    assert whole["tasks"] == {"red": "desks-red@v1", "blue": "desks-blue@v1"}
+    scores = next(row for row in rows if row["kind"] == "after")["scores"]["tasks"]
+    assert scores["red"]["loss"] != scores["blue"]["loss"]
+    for task, ref in whole["tasks"].items():
+        card = registry.resolve(ref).card
+        assert card["of_task"] == task
+        assert card["method"] == {"kind": "prompt", "tokens": 4}
+        assert card["data"]["sources"] == [str(folder / f"{task}.jsonl")]
+        assert card["metrics"]["after"]["loss"] == scores[task]["loss"]
+        [rule] = card["gate"]["rules"]
+        assert rule["value"] == card["metrics"]["after"][metric_of(rule["rule"])]
+
+
+def test_each_tasks_version_is_a_prompt_that_answers_as_its_task(world, storage):
     """Both tasks ask the same: what tells their answers apart is the prompt alone."""
     folder, _ = world
-    storage, versions = published(folder)
     base = Run.model_validate(desks(folder, "desks")).model
     red, blue = 5, 9
     leans = {}
     for task in ("red", "blue"):
-        files = Registry(storage).fetch(versions[task], folder / "fetched" / task)
+        version = Registry(storage).resolve(f"desks-{task}@v1")
+        files = Registry(storage).fetch(version, folder / "fetched" / task)
         assert not (files / "tasks.safetensors").exists()
-        model, _ = load_version(base, files, versions[task].card, torch.float32)
+        model, _ = load_version(base, files, version.card, torch.float32)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(ASKED)).logits[0, -1]
         leans[task] = float(logits[red] - logits[blue])
@@ -114,9 +128,8 @@ def test_two_workers_learn_what_one_does_and_a_resumed_run_too(world):
     np.testing.assert_allclose(losses(resumed), losses(rows), rtol=1e-4, atol=1e-4)
 
 
-def test_a_new_task_begins_with_what_the_others_share(world):
+def test_a_new_task_begins_with_what_the_others_share(world, storage):
     folder, _ = world
-    storage, _ = published(folder)
     runs = []
     for name, begin in (("warm", {"begin": "desks@v1"}), ("cold", {})):
         run = desks(folder, name)
@@ -130,14 +143,13 @@ def test_a_new_task_begins_with_what_the_others_share(world):
     assert [made["version"] for made in lineage] == ["desks@v1"]
 
 
-def test_a_prompt_that_a_run_cannot_begin_with_is_refused(world):
+def test_a_prompt_that_a_run_cannot_begin_with_is_refused(world, storage):
     folder, _ = world
-    storage, _ = published(folder)
     with pytest.raises(ModelError, match=r"method.tokens: desks@v1 has 4 virtual tokens, not 20; use 4"):
         chain.first_prompt(Prompt(begin="desks"), storage, width=32)
     with pytest.raises(ModelError, match=r"method.begin: desks@v1 is a prompt for .*, 32 wide, and the base is 64"):
         chain.first_prompt(Prompt(begin="desks@v1", tokens=4), storage, width=64)
-    with pytest.raises(RegistryError, match="nobody"):
+    with pytest.raises(RegistryError, match=r"method.begin: .*nobody"):
         chain.first_prompt(Prompt(begin="nobody@v1"), storage, width=32)
     lora = desks(folder, "words")
     lora["method"] = {"kind": "lora", "rank": 4}

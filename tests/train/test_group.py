@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import ray.util
 
 from ftray.config.schema import Run
 from ftray.errors import Lost, TrainError
@@ -34,6 +35,11 @@ def test_of_an_error_on_a_worker_its_last_line_is_told():
 def test_gloo_is_told_the_interface_that_ray_reaches_the_node_by(monkeypatch):
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.9") is None
+    wanted = interface_of(ray.util.get_node_ip_address())
+    assert wanted is not None
     monkeypatch.setenv(INTERFACE, "mine0")
     name_interface()
     assert os.environ[INTERFACE] == "mine0"
+    monkeypatch.delenv(INTERFACE)
+    name_interface()
+    assert os.environ[INTERFACE] == wanted
