@@ -140,17 +140,21 @@ def for_workers(run: Run, storage: Storage) -> dict[str, Any]:
     """The run with whole paths: workers do not start in the driver's folder."""
     values = run.model_dump(mode="json")
     values["storage"] = storage.root
-    if (base := Path(run.model.base).expanduser()).is_dir():
-        values["model"]["base"] = str(base.resolve())
+    if Path(run.model.base).expanduser().is_dir():
+        values["model"]["base"] = _whole(run.model.base)
     if isinstance(run.evaluate.forgetting, str):
-        values["evaluate"]["forgetting"] = str(Path(run.evaluate.forgetting).expanduser().resolve())
+        values["evaluate"]["forgetting"] = _whole(run.evaluate.forgetting)
     if run.evaluate.lm_eval.folder:
-        values["evaluate"]["lm_eval"]["folder"] = str(Path(run.evaluate.lm_eval.folder).expanduser().resolve())
+        values["evaluate"]["lm_eval"]["folder"] = _whole(run.evaluate.lm_eval.folder)
     for reward in values["objective"].get("rewards", []):
         if reward["kind"] == "python":
             file, _, name = reward["function"].rpartition(":")
-            reward["function"] = f"{Path(file).expanduser().resolve()}:{name}"
+            reward["function"] = f"{_whole(file)}:{name}"
     return values
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def _raise_verdict(folder: RunFolder) -> None:

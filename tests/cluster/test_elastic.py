@@ -10,7 +10,7 @@ from ftray.config.load import load_run
 from ftray.train import group
 from tests.cluster.conftest import NODE_CPUS, Live, curve
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LONG = {"optim__steps": 100, "optim__batch_size": 48}
 SEEN_S = 25  # after which Ray Train has seen a new node

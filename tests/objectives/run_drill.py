@@ -37,7 +37,6 @@ ASKED = [[3, 9, 12, 30, 4], [8, 8, 21, 5, 17]]
 
 
 def write_base(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
@@ -55,19 +54,17 @@ def write_base(folder: Path) -> None:
         bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token="w2").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=_words(), eos_token=f"w{EOS}", pad_token="w2").save_pretrained(folder)
 
 
 def write_encoder(folder: Path) -> None:
     """A random BERT over the same words, and its tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=40,
+        vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -78,14 +75,22 @@ def write_encoder(folder: Path) -> None:
         attention_probs_dropout_prob=0.0,
     )
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = _words()
     words.post_processor = processors.TemplateProcessing(
         single="w1 $A w2", pair="w1 $A w2 $B:1 w2:1", special_tokens=[("w1", 1), ("w2", 2)]
     )
     PreTrainedTokenizerFast(
         tokenizer_object=words, cls_token="w1", sep_token="w2", pad_token="w3", unk_token="w0"
     ).save_pretrained(folder)
+
+
+def _words() -> Any:
+    """A tokenizer of w0 to w39 between white space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
 
 
 def write_rows(path: Path, count: int = 24) -> None:
