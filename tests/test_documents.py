@@ -119,7 +119,7 @@ def test_the_first_steps_of_the_readme_run(tmp_path, monkeypatch):
     block = next(block for block in fences(ROOT / "README.md", "bash") if "ftray init" in block)
     line = next(line for line in block.splitlines() if line.startswith("ftray init"))
     assert main(shlex.split(line.partition(" # ")[0])[1:]) == 0
-    assert load_run("run.yaml").name == "orders"
+    assert load_run("run.yaml").name == "my-orders"
 
 
 def test_every_make_command_in_the_documents_is_a_target():
