@@ -38,6 +38,16 @@ def fences(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+def files(under: str = "") -> list[tuple[str, str]]:
+    """(document, YAML file in it); a block with `---` holds several."""
+    found = []
+    for path in DOCUMENTS:
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(under):
+            found += [(name, one) for block in fences(path, "yaml") for one in re.split(r"^---\n", block, flags=re.M)]
+    return found
+
+
 def commands(start: str) -> list[list[str]]:
     """The words after `start` of every such command in the documents, in fences and in running text."""
     found = set()
@@ -101,17 +111,31 @@ def test_the_readme_has_commands():
     assert ["demo"] in commands("make")
 
 
-@pytest.mark.parametrize("block", fences(ROOT / "README.md", "yaml"))
-def test_a_file_in_the_readme_parses(block, tmp_path):
+@pytest.mark.parametrize(("name", "block"), files())
+def test_a_file_in_the_documents_parses(name, block, tmp_path):
     path = tmp_path / "file.yaml"
     path.write_text(block, encoding="utf-8")
     if "\nspace:" in block:
         (tmp_path / "run.yaml").write_text("name: a\ndata: {sources: a.jsonl}\n", encoding="utf-8")
         assert isinstance(load_sweep(path), Sweep)
-    elif "\ndata:" in block:  # what a serve file has no use for
+    elif re.search("^name:", block, re.MULTILINE):
+        assert load_runs(path)
+    elif re.search("^(data|objective):", block, re.MULTILINE):  # a part of a run
+        data = "" if "data:" in block else "data: {sources: a.jsonl}\n"
+        path.write_text(f"name: a\n{data}{block}", encoding="utf-8")
         assert isinstance(load_run(path), Run)
     else:
         assert isinstance(load_serving(path), Serving)
+
+
+def test_the_pages_of_objectives_have_a_run_file_for_each(tmp_path):
+    shown = set()
+    for _, block in files("docs/objectives/"):
+        if re.search("^name:", block, re.MULTILINE):
+            path = tmp_path / "file.yaml"
+            path.write_text(block, encoding="utf-8")
+            shown.add(load_run(path).objective.kind)
+    assert shown == {kind.model_fields["kind"].default for kind in OBJECTIVES}
 
 
 def test_the_first_steps_of_the_readme_run(tmp_path, monkeypatch):
