@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from ftray import __version__
 from ftray.cli import adapters, elsewhere, runs, serving, sweeping, training
 from ftray.cli.options import Parser, add_command, add_group, as_json, did_you_mean, fresh, number, run_file, storage
+from ftray.config.starters import STARTERS
 
-METHODS = ("lora", "qlora", "freeze", "full", "pretrain")
 _OVERRIDES = """\
 Any key of the run file can be set for one run with a dotted override:
   optim.lr=2e-4   data.sources.0.weight=2   'method={kind: full}'   scale.workers=4"""
@@ -39,8 +39,8 @@ def build() -> Parser:
         prog="ftray",
         description="Tune language models on Ray: from a run file to a tuned, evaluated, registered adapter.",
         epilog="Start with `ftray init --data rows.jsonl`, then `ftray check run.yaml`, then `ftray train run.yaml`.\n"
-        "Exit codes: 0 done, 1 a fault of ours, 2 something you can fix, 130 interrupted. FTRAY_DEBUG=1 shows\n"
-        "the traceback of every error.",
+        "Exit codes: 0 done, 1 a fault of ours, 2 something you can fix, 75 workers lost too often, 130 interrupted,\n"
+        "143 stopped with a checkpoint left. FTRAY_DEBUG=1 shows the traceback of every error.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -69,7 +69,13 @@ def _init(commands: argparse._SubParsersAction) -> None:
         "ftray init --data orders.jsonl\n"
         "ftray init --method qlora --base Qwen/Qwen3-4B --data a.jsonl --data b.csv --out mixture.yaml",
     )
-    command.add_argument("--method", choices=METHODS, default="lora", help="how the weights adapt (default: lora)")
+    command.add_argument(
+        "--method",
+        choices=STARTERS,
+        default="lora",
+        metavar="METHOD",
+        help=f"how the weights adapt, or an objective to begin with (default: lora): {', '.join(STARTERS)}",
+    )
     command.add_argument("--data", action="append", metavar="PATH", help="training rows; again for a mixture")
     command.add_argument("--name", help="name in the registry (default: from the data file)")
     command.add_argument("--base", default="builtin:tiny", help="Hub id or folder of the base (default: builtin:tiny)")

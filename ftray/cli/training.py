@@ -103,7 +103,8 @@ def _print_outcome(outcome: Outcome, *, storage: str) -> None:
     }
     if outcome.version and comparison.passed:
         where = "" if storage == "./ftray-store" else f" --storage {shlex.quote(storage)}"
-        lines["next"] = f"ftray adapters promote {outcome.version}{where}"
+        served = list(outcome.tasks.values()) or [outcome.version]
+        lines["next"] = f"ftray adapters promote {served[0]}{where}"
     print(f"\n{show.pairs(lines)}")
 
 

@@ -10,34 +10,8 @@ from pydantic.fields import FieldInfo
 
 from ftray.config import document, explain
 from ftray.config.schema import Run
+from ftray.config.starters import STARTERS
 
-STARTERS: dict[str, dict[str, Any]] = {
-    "lora": {"method": {"kind": "lora", "rank": 16}},
-    "qlora": {"method": {"kind": "lora", "rank": 16, "bits": 4}, "optim": {"optimizer": "paged_adamw_8bit"}},
-    "freeze": {"method": {"kind": "freeze", "last_layers": 2}},
-    "adalora": {"method": {"kind": "adalora", "rank": 8}},
-    "loha": {"method": {"kind": "loha", "rank": 8}},
-    "lokr": {"method": {"kind": "lokr", "rank": 8}},
-    "ia3": {"method": {"kind": "ia3"}},
-    "oft": {"method": {"kind": "oft", "block": 32}},
-    "vera": {"method": {"kind": "vera", "rank": 256}},
-    "norms": {"method": {"kind": "norms"}},
-    "tokens": {"method": {"kind": "tokens", "tokens": ["<|user|>", "<|assistant|>"]}},
-    "bottleneck": {"method": {"kind": "bottleneck", "size": 64}},
-    "prefix": {"method": {"kind": "prefix", "tokens": 20}},
-    "prompt": {"method": {"kind": "prompt", "tokens": 20}},
-    "p_tuning": {"method": {"kind": "p_tuning", "tokens": 20}},
-    "full": {"method": {"kind": "full"}},
-    "feature": {"method": {"kind": "feature"}, "objective": {"kind": "classification"}},
-    "dpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "dpo"}},
-    "orpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "orpo"}},
-    "kto": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "kto"}},
-    "reward": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "reward"}},
-    "pretrain": {"method": {"kind": "full"}, "objective": {"kind": "pretrain"}, "evaluate": {"generate_rows": 0}},
-    "classification": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "classification"}},
-    "regression": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "regression"}},
-    "token_classification": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "token_classification"}},
-}
 # What nearly every run sets, so it is written out; every other key stands behind a '#' with its default.
 _WRITTEN = {"name", "model.base", "data.max_length", "optim.lr", "optim.epochs", "optim.batch_size", "scale.workers"}
 _WHY = {

@@ -81,7 +81,8 @@ class Learning:
 
 
 def learning(shape: Shape, method: Method) -> Learning:
-    """What a method trains of a base of this shape. Exact but for freeze, which spreads norms over the blocks.
+    """What a method trains of a base of this shape. Exact but for freeze, which spreads norms over the blocks, and
+    multitask_prompt, without the few of each task.
 
     A head that reads learns with every method; adapters put a copy of it beside the base.
     """
@@ -160,7 +161,7 @@ def _apart_from_layers(shape: Shape, method: Method) -> int:
     if isinstance(method, Tokens):
         return len(set(method.tokens)) * hidden
     if isinstance(method, Prompt | MultitaskPrompt):
-        return method.tokens * hidden  # those of each task beside them are few
+        return method.tokens * hidden
     if isinstance(method, PTuning):
         width = method.width
         return method.tokens * hidden + (hidden + 1) * width + (width + 1) * width + (width + 1) * hidden

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from ftray.config.init import STARTERS, starter
+from ftray.config.init import starter
 from ftray.config.load import load_run
+from ftray.config.starters import STARTERS
 
 
 @pytest.mark.parametrize("method", STARTERS)
