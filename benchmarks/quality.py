@@ -71,7 +71,7 @@ def main() -> None:
         for setting in PARTS[part](Path(args.data).resolve(), store):
             if args.match and not fnmatchcase(setting.name, args.match):
                 continue
-            lines.append(line_of(setting, store))
+            lines.append(line_of(setting, store, cpus=args.cpus))
             print(shown(lines[-1]), file=sys.stderr, flush=True)
     if args.json:
         print(json.dumps([asdict(line) for line in lines], indent=1))
@@ -86,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default=str(ROOT / "../shared/data"), help="folder of the data sets")
     parser.add_argument("--store", default="quality-store", help="where runs and their versions are kept")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the table")
+    parser.add_argument("--cpus", type=int, help="of a run: 1 where others compute beside it (default: all)")
     parser.add_argument("--match", help="lines whose name fits this pattern, e.g. '*-feature'")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -285,14 +286,14 @@ def minilm() -> str:
 # ------------------------------------------------------------------------------------------------------------- a line
 
 
-def line_of(setting: Setting, store: Path) -> Line:
+def line_of(setting: Setting, store: Path, *, cpus: int | None = None) -> Line:
     """The run's line: of a run that is finished, as it was kept."""
     kept = store / "lines" / f"{setting.name}.json"
     if kept.is_file():
         return Line(**json.loads(kept.read_text()))
     kept.parent.mkdir(exist_ok=True)
     began = time.monotonic()
-    outcome, peak = trained(setting, store)
+    outcome, peak = trained(setting, store, cpus=cpus)
     if setting.script:
         line = Line(
             name=setting.name,
@@ -324,10 +325,10 @@ def line_of(setting: Setting, store: Path) -> Line:
     return line
 
 
-def trained(setting: Setting, store: Path) -> tuple[dict[str, Any], int]:
+def trained(setting: Setting, store: Path, *, cpus: int | None) -> tuple[dict[str, Any], int]:
     """`ftray train` of the setting, or its script: the outcome, and the most bytes that its processes held together."""
     file = store / f"{setting.name}.yaml"
-    scale = {"address": "local", **setting.run.get("scale", {})}
+    scale = {"address": "local", **({"cpus_per_worker": cpus} if cpus else {}), **setting.run.get("scale", {})}
     command = ["-m", "ftray.cli", "train", str(file), "--json"]
     if setting.script:
         command = [str(ROOT / "benchmarks" / setting.script), json.dumps(setting.run)]
