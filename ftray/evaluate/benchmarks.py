@@ -103,11 +103,8 @@ def _together(ask: Callable[..., list], requests: list) -> list:
 
 
 def _by_name(found: Mapping[str, Any]) -> dict[str, float]:
-    """Of a group that has a score of its own, that and none of its members'."""
-    scores = {task: _scores(task, values) for task, values in found["results"].items()}
-    groups = found.get("group_subtasks", {})
-    covered = {member for group, members in groups.items() if scores.get(group) for member in members}
-    return {name: value for task in scores if task not in covered for name, value in scores[task].items()}
+    """Of groups and of their members."""
+    return {name: value for task, values in found["results"].items() for name, value in _scores(task, values).items()}
 
 
 def _scores(task: str, values: Mapping[str, Any]) -> dict[str, float]:

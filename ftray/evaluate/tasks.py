@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,16 @@ from ftray.errors import ConfigError
 from ftray.evaluate.compare import metric_of
 
 NOT_ASKED = "measured by no task of evaluate.lm_eval.tasks; write lm_eval/<task>/<metric>, and name {task!r} there too"
+NO_SCORE = "lm_eval gives {task!r} no score of its own, but its tasks: {members}; name one of them"
 
 
 def check_benchmarks(run: Run) -> None:
-    """Raises ConfigError where lm_eval is missing or does not know a task, or the gate names one not asked."""
+    """Raises ConfigError where lm_eval is missing or does not know a task, or the gate names one not measured."""
     asked = run.evaluate.lm_eval
     problems = _missing(asked) if asked.tasks else []
-    groups = False  # a rule may be about a task that belongs to one
-    if asked.tasks and not problems:
-        manager = manager_of(asked)
-        problems = _unknown(asked, manager.all_tasks)
-        groups = not set(asked.tasks) <= set(manager.all_subtasks)
-    for n, rule in enumerate(run.evaluate.rules):
-        task = metric_of(rule).removeprefix(LM_EVAL).partition("/")[0]
-        if metric_of(rule).startswith(LM_EVAL) and task not in asked.tasks and not groups:
-            problems.append((f"evaluate.gate.{n}", NOT_ASKED.format(task=task)))
+    if not problems:
+        index = manager_of(asked).task_index if asked.tasks else {}
+        problems = [*_unknown(asked, list(index)), *_not_measured(run, index)]
     if problems:
         raise ConfigError(run.name, problems)
 
@@ -37,6 +32,49 @@ def manager_of(asked: LmEval) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=asked.folder and str(Path(asked.folder).expanduser()))
+
+
+def measured(name: str, index: Mapping[str, Any]) -> Iterator[str]:
+    """What has scores where lm_eval is asked for a name: a task; all tasks of a tag; a group that sums up its members,
+    and these."""
+    entry = index.get(name)
+    if entry and entry.kind.name == "GROUP":
+        yield from _of_group(name, entry.cfg, index)
+    elif entry and entry.kind.name == "TAG":
+        yield from sorted(entry.tags)
+    else:
+        yield name
+
+
+def _of_group(name: str, group: Mapping[str, Any], index: Mapping[str, Any]) -> Iterator[str]:
+    """lm_eval puts a group's name before those of members that stand nowhere but in it."""
+    if group.get("aggregate_metric_list"):
+        yield name
+    for member in group["task"] if isinstance(group.get("task"), list) else []:
+        keys = member if isinstance(member, dict) else {"task": member}
+        called = str(keys.get("group") or keys.get("task"))
+        if called in index:
+            yield from measured(called, index)
+        elif "group" in keys:
+            yield from _of_group(f"{name}::{called}", keys, index)
+        else:
+            yield f"{name}::{called}"
+
+
+def _not_measured(run: Run, index: Mapping[str, Any]) -> list[tuple[str, str]]:
+    known = {task for name in run.evaluate.lm_eval.tasks for task in measured(name, index)}
+    found = []
+    for number, rule in enumerate(run.evaluate.rules):
+        task = metric_of(rule).removeprefix(LM_EVAL).partition("/")[0]
+        if metric_of(rule).startswith(LM_EVAL) and task not in known:
+            members = sorted(measured(task, index))
+            told = NO_SCORE if known.issuperset(members) else NOT_ASKED
+            found.append((f"evaluate.gate.{number}", told.format(task=task, members=_some(members))))
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _missing(asked: LmEval) -> list[tuple[str, str]]:

@@ -50,3 +50,22 @@ def test_a_folder_that_is_not_there_and_a_rule_about_another_task_are_told(tmp_p
     (tmp_path / "own.yaml").write_text(OWN)
     found = problems(tasks=["choosing"], folder=str(tmp_path), gate=["lm_eval/chosing/acc > base"])
     assert list(found) == ["evaluate.gate.0"]
+
+
+@installed
+def test_a_rule_may_be_about_a_group_that_sums_up_and_about_the_members_of_any(tmp_path):
+    for name in ("first", "second", "third", "other"):
+        tag = "tag: some\n" if name == "third" else ""
+        (tmp_path / f"{name}.yaml").write_text(OWN.replace("choosing", name) + tag)
+    (tmp_path / "sums.yaml").write_text(
+        "group: sums\ntask: [first, {group: inner, task: [second]}, some]\naggregate_metric_list: [{metric: acc}]\n"
+    )
+    (tmp_path / "lists.yaml").write_text("group: lists\ntask: [other]\n")
+    asked = {"tasks": ["sums", "lists"], "folder": str(tmp_path)}
+    rules = [f"lm_eval/{name}/acc > base" for name in ("sums", "first", "second", "third", "other")]
+    evaluate = {"lm_eval": asked, "gate": rules}
+    check_benchmarks(Run(name="a", data={"sources": "a.jsonl"}, evaluate=evaluate))
+    found = problems(**asked, gate=[f"lm_eval/{name}/acc > base" for name in ("lists", "some", "fourth")])
+    assert found["evaluate.gate.0"].endswith("its tasks: other; name one of them")
+    assert found["evaluate.gate.1"].endswith("its tasks: third; name one of them")
+    assert "name 'fourth' there too" in found["evaluate.gate.2"]

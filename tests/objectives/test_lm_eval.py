@@ -45,8 +45,13 @@ filter_list:
   - name: first
     filter: [{{function: regex, regex_pattern: "(w[0-9]+)"}}, {{function: take_first}}]
 """
+BOTH = """
+group: both
+task: [choosing, again]
+aggregate_metric_list: [{metric: acc}]
+"""
 VIRTUAL = ("prompt", "prefix")
-LM_EVAL = {"tasks": ["choosing", "saying"], "limit": 21}
+LM_EVAL = {"tasks": ["both", "saying"], "limit": 21}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +61,11 @@ def folder(tmp_path_factory):
     rows = "".join(json.dumps(row) + "\n" for row in ROWS)
     (folder / "rows.jsonl").write_text(rows)
     (folder / "tasks").mkdir()
-    for name, task in {"choosing": CHOOSING, "saying": SAYING}.items():
+    again = CHOOSING.replace("task: choosing", "task: again")
+    for name, task in {"choosing": CHOOSING, "again": again, "saying": SAYING}.items():
         text = task.format(rows=folder / "rows.jsonl", choices=json.dumps(CHOICES))
         (folder / "tasks" / f"{name}.yaml").write_text(text)
+    (folder / "tasks" / "both.yaml").write_text(BOTH)
     return folder
 
 
@@ -104,11 +111,17 @@ def right_choices(folder) -> float:
 
 def test_base_and_tuned_version_are_scored_and_training_shows(folder, measured):
     before, after = measured["lora"]
-    assert list(before.lm_eval) == ["lm_eval/choosing/acc", "lm_eval/saying/exact_match/first"]
     assert before.lm_eval["lm_eval/choosing/acc"] == pytest.approx(right_choices(folder))
     comparison = compare(before, after, ["lm_eval/choosing/acc > base", "lm_eval/saying/exact_match/first > base"])
     assert comparison.passed
     assert comparison.from_json(json.loads(json.dumps(comparison.to_json()))) == comparison
+
+
+def test_a_group_has_its_score_and_those_of_its_members(measured):
+    scores = measured["lora"][0].lm_eval
+    accuracies = {f"lm_eval/{task}/acc" for task in ("both", "choosing", "again")}
+    assert scores.keys() == accuracies | {"lm_eval/saying/exact_match/first"}
+    assert scores["lm_eval/both/acc"] == pytest.approx(scores["lm_eval/choosing/acc"])
 
 
 def test_workers_share_the_questions_and_score_the_same(measured):
