@@ -28,10 +28,15 @@ def check_benchmarks(run: Run) -> None:
 
 
 def manager_of(asked: LmEval) -> Any:
-    """What lm_eval knows of its own tasks and of those in `asked.folder`."""
+    """What lm_eval knows of the tasks in `asked.folder`, and of its own if others are asked: it has 14,000 files."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=asked.folder and str(Path(asked.folder).expanduser()))
+    folder = asked.folder and str(Path(asked.folder).expanduser())
+    if folder:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if all(task in own.task_index for name in asked.tasks for task in measured(name, own.task_index)):
+            return own
+    return TaskManager(include_path=folder)
 
 
 def measured(name: str, index: Mapping[str, Any]) -> Iterator[str]:
