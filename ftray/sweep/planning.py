@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ftray.config.objectives import REINFORCEMENT, TokenClassification
-from ftray.config.schema import LmEval, Run
+from ftray.config.schema import LM_EVAL, LmEval, Run
 from ftray.config.space import Values, ends, fixed, run_of, values_of
 from ftray.config.sweeping import Sweep
 from ftray.data.order import epoch_rows
@@ -207,6 +207,8 @@ def check_metric(sweep: Sweep) -> None:
     problem = None
     if metric == "forgetting":
         problem = "it compares with the base; use general_loss, which has the same order"
+    elif metric.startswith(LM_EVAL):
+        problem = f"trials leave benchmarks out, and the best version is given them; use one of {', '.join(known)}"
     elif metric not in METRICS:
         near = difflib.get_close_matches(metric, METRICS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"

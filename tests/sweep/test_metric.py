@@ -67,6 +67,11 @@ def test_objectives_that_read_report_what_their_scores_are():
     [
         ("los", "sft", "no metric 'los'; did you mean 'loss'?"),
         ("forgetting", "sft", "use general_loss"),
+        (
+            "lm_eval/arc_easy/acc",
+            "sft",
+            "trials leave benchmarks out, and the best version is given them; use one of loss",
+        ),
         ("accuracy", "regression", "regression reports no accuracy; use one of loss, mse, mae, r2, pearson"),
         ("exact_match", "classification", "classification reports no exact_match"),
         ("general_loss", "token_classification", "token_classification reports no general_loss"),
