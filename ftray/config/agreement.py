@@ -113,6 +113,8 @@ def disagreements(run: Run) -> Iterator[str]:
         yield "evaluate.baselines: compares generated answers; set evaluate.generate_rows, or leave it out"
     if run.evaluate.lm_eval.tasks and run.objective.reads:
         yield f"evaluate.lm_eval.tasks: are for models that write, and {run.objective.kind} makes none; leave them out"
+    if not run.evaluate.lm_eval.tasks and (given := run.evaluate.lm_eval.model_dump(exclude_defaults=True)):
+        yield f"evaluate.lm_eval.tasks: name no benchmark for {', '.join(given)}; set them, or leave lm_eval out"
     if run.evaluate.numeric is True:
         yield from _problems_of_numbers(run)
     if run.evaluate.judge and (run.objective.reads or run.objective.kind == "pretrain"):

@@ -331,6 +331,13 @@ def test_benchmarks_are_for_models_that_write_and_their_folder_may_lie_beside_th
     assert load_run(written(tmp_path, MINIMAL + asked)).evaluate.lm_eval.folder == str(tmp_path / "tasks")
 
 
+def test_what_is_said_of_benchmarks_needs_some(tmp_path):
+    found = problems(tmp_path, MINIMAL + "evaluate: {lm_eval: {limit: 100, chat: true}}\n")
+    assert "no benchmark for limit, chat" in found["evaluate.lm_eval.tasks"]
+    run = load_run(written(tmp_path, MINIMAL))
+    assert Run.model_validate(run.model_dump(mode="json")) == run
+
+
 def test_baselines_need_answers_to_compare(tmp_path):
     found = problems(tmp_path, MINIMAL + "evaluate: {baselines: [0, 4], generate_rows: 0}\n")
     assert "set evaluate.generate_rows" in found["evaluate.baselines"]
