@@ -155,8 +155,12 @@ def _check_numbers(run: Run, data: Prepared) -> None:
         check_numbers([q.answer for q in expected], [q.row for q in expected])
     rules = [n for n, rule in enumerate(run.evaluate.rules) if metric_of(rule) == "pass_at_1"]
     if rules and not counts_right(run, data):
-        told = f"pass_at_1 is not measured: {NO_NUMBERS}"
-        raise ConfigError(run.name, [(f"evaluate.gate.{n}", told) for n in rules])
+        objective, told = run.objective, NO_NUMBERS
+        if objective.reads or objective.kind == "pretrain":
+            own = ", ".join(objective.reports)
+            told = f"it is a metric of objectives that generate answers; {objective.kind} reports {own}"
+        problem = f"pass_at_1 is not measured: {told}"
+        raise ConfigError(run.name, [(f"evaluate.gate.{n}", problem) for n in rules])
 
 
 def _check_baselines(run: Run, data: Prepared, config: Any) -> None:

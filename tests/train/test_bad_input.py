@@ -72,6 +72,18 @@ def test_a_gate_on_numbers_that_the_answers_do_not_hold(refused):
     assert "evaluate.numeric: true" in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "reports"),
+    [("classification", "loss, accuracy, precision"), ("pretrain", "loss, perplexity, token_accuracy")],
+)
+def test_a_gate_on_right_answers_where_none_are_written(refused, kind, reports):
+    labels = [{"label": "even"}, {"label": "odd"}] if kind == "classification" else [{}]
+    rows = [{"text": f"row {n}", **labels[n % len(labels)]} for n in range(30)]
+    said = refused(rows=rows, objective__kind=kind, evaluate__gate="[pass_at_1 >= 0.5]")
+    assert f"a metric of objectives that generate answers; {kind} reports {reports}" in said
+    assert "numeric" not in said
+
+
 def test_a_base_that_does_not_exist(refused):
     assert "model.base" in refused(model__base="./no-such-model")
 
