@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -24,6 +26,14 @@ from ftray.errors import TrainError
 from ftray.evaluate.tasks import manager_of
 from ftray.objectives.rollout import shared
 
+BEAT_S = 1.0
+FETCHING = (
+    "its data set is not on this node and cannot be fetched: fetch it there first, with a network and without "
+    "HF_HUB_OFFLINE, or name its files by whole paths in {file}"
+)
+LOADING = "look at {file}, or leave the task out"
+SCORING = "where that is the task's own, mend it there; else leave the task out"
+
 
 def benchmarks(
     model: Any,
@@ -36,7 +46,8 @@ def benchmarks(
 ) -> dict[str, float]:
     """Scores by lm_eval/<task>/<metric>, of the filters that a task has by lm_eval/<task>/<metric>/<filter>.
 
-    Collective: all workers call it. `computing()`: what a forward stands in. TrainError where a task cannot be had.
+    Collective: all workers call it. `computing()`: what a forward stands in. TrainError where a task cannot be had, or
+    scores no answers.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     harness = _Harness(_Watched(model, computing=computing, beat=beat), tokenizer, batch_size)
@@ -45,18 +56,17 @@ def benchmarks(
             found = lm_eval.simple_evaluate(
                 model=harness,
                 tasks=list(asked.tasks),
-                task_manager=manager_of(asked),
+                task_manager=_Fetched(asked, beat),
                 num_fewshot=asked.few_shot,
                 limit=asked.limit,
                 apply_chat_template=asked.chat,
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        except RuntimeError:  # too little memory, or a lost worker
-            raise
-        except Exception as error:  # a task's data are fetched now, and it may have Python of its own
-            names = ", ".join(asked.tasks)
-            raise TrainError(f"evaluate.lm_eval.tasks: {names}: {type(error).__name__}: {error}") from error
+        except Exception as error:  # tasks have templates and Python of their own, which lm_eval runs
+            if isinstance(error, TrainError) or error is harness.failed:
+                raise
+            raise TrainError(_told(", ".join(asked.tasks), error, SCORING)) from error
     return shared([found and _by_name(found)])[0]  # on each node only the first worker is given them
 
 
@@ -80,26 +90,78 @@ class _Watched:
             return self._model.generate(*args, **kwargs)
 
 
+class _Fetched:
+    """lm_eval's manager of tasks. They load their data as they are made: it fetches them with a sign of life."""
+
+    def __init__(self, asked: LmEval, beat: Callable[[], None]):
+        self._beat = beat
+        with _beating(beat):
+            self._manager = manager_of(asked)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def load(self, names: Sequence[str]) -> Any:
+        """Collective: where one worker cannot have a task, TrainError on all, which else would wait for it."""
+        loaded, problem = None, None
+        with _beating(self._beat):
+            try:
+                parts = [part for name in names for part in self._parts(name)]
+                loaded = self._manager.load(parts)
+            except TrainError as error:
+                problem = str(error)
+            except ValueError as error:  # a task is in two of them
+                problem = _told(", ".join(names), error, "leave one out")
+            problems = [one for one in shared([problem]) if one]
+        if problems:
+            raise TrainError(problems[0])
+        return loaded
+
+    def _parts(self, name: str) -> list[Any]:
+        """A group, or tasks."""
+        try:
+            found = self._manager.load([name])
+        except Exception as error:  # whatever its data set's reader says, or Python of its own
+            entry = self._manager.task_index.get(name)
+            file = entry and entry.yaml_path
+            way_out = FETCHING if isinstance(error, OSError) else LOADING
+            raise TrainError(_told(name, error, way_out.format(file=file or "its file"))) from error
+        return [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
+
+
 class _Harness(HFLM):
     """lm_eval's own reading of a Hugging Face model, each worker asked for its share."""
+
+    failed: Exception | None = None
+    """What the model or another worker could not do: no fault of a task."""
 
     def __init__(self, model: _Watched, tokenizer: Any, batch_size: int):
         tokenizer = copy.deepcopy(tokenizer)  # it may be given another padding token
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:
-        return _together(super().loglikelihood, requests)
+        return self._together(super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list:
-        return _together(super().loglikelihood_rolling, requests)
+        return self._together(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list:
-        return _together(super().generate_until, requests)
+        return self._together(super().generate_until, requests)
+
+    def _together(self, ask: Callable[..., list], requests: list) -> list:
+        mine = requests[dist.get_rank() :: dist.get_world_size()]
+        try:
+            return shared(ask(mine, disable_tqdm=True) if mine else [])
+        except Exception as error:
+            self.failed = error
+            raise
 
 
-def _together(ask: Callable[..., list], requests: list) -> list:
-    mine = requests[dist.get_rank() :: dist.get_world_size()]
-    return shared(ask(mine, disable_tqdm=True) if mine else [])
+def _told(tasks: str, error: Exception, way_out: str) -> str:
+    """With the place that raised it: a task's Python, lm_eval's, or that of a library."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+    return f"evaluate.lm_eval.tasks: {tasks}: {said}; {way_out}"
 
 
 def _by_name(found: Mapping[str, Any]) -> dict[str, float]:
@@ -115,6 +177,25 @@ def _scores(task: str, values: Mapping[str, Any]) -> dict[str, float]:
         if kept_by and not metric.endswith("_stderr") and isinstance(value, int | float):
             found[f"{LM_EVAL}{task}/{metric}{'' if kept_by == 'none' else f'/{kept_by}'}"] = float(value)
     return found
+
+
+@contextmanager
+def _beating(beat: Callable[[], None]) -> Iterator[None]:
+    """Inside, a thread gives a sign of life every second."""
+    done = threading.Event()
+
+    def work() -> None:
+        beat()
+        while not done.wait(BEAT_S):
+            beat()
+
+    thread = threading.Thread(target=work, name="ftray-fetching", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

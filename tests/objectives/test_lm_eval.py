@@ -4,15 +4,19 @@ and on two."""
 from __future__ import annotations
 
 import json
+import time
+from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from run_drill import run_all, run_of, write_base
 
-from ftray.config.schema import Model, Run
-from ftray.errors import ConfigError
+from ftray.config.schema import LmEval, Model, Run
+from ftray.errors import ConfigError, TrainError
 from ftray.evaluate.compare import Scores, compare
-from ftray.models.load import load_frozen
+from ftray.models.load import load_frozen, load_tokenizer
 from ftray.train.launch import check
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
@@ -49,6 +53,17 @@ BOTH = """
 group: both
 task: [choosing, again]
 aggregate_metric_list: [{metric: acc}]
+"""
+OWN = """
+import time
+from datasets import Dataset
+
+def rows(**keys):
+    time.sleep(2.5)
+    return {"test": Dataset.from_list([{"prompt": "w5 w31", "answer": 0}])}
+
+def failing(doc, results):
+    return {"acc": doc["colour"]}
 """
 VIRTUAL = ("prompt", "prefix")
 LM_EVAL = {"tasks": ["both", "saying"], "limit": 21}
@@ -140,3 +155,67 @@ def test_virtual_tokens_are_left_away_for_the_base(measured, kind):
     before, after = measured[kind]
     assert before.lm_eval == measured["lora"][0].lm_eval
     assert after.lm_eval != before.lm_eval
+
+
+@pytest.fixture
+def benchmarked(folder, tmp_path):
+    """Scores of a task that is told as its file, in a process group of one."""
+    from ftray.evaluate.benchmarks import benchmarks
+
+    base = Model(base=str(folder / "base"))
+    frozen = load_frozen(base, dtype=torch.float32, attention="sdpa")
+    (tmp_path / "own.py").write_text(OWN)
+
+    def measured(task, *, beat=lambda: None, model=frozen):
+        (tmp_path / "choosing.yaml").write_text(task)
+        asked = LmEval(tasks=["choosing"], folder=str(tmp_path), limit=4)
+        return benchmarks(model, load_tokenizer(base), asked=asked, batch_size=4, computing=nullcontext, beat=beat)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield measured
+    dist.destroy_process_group()
+
+
+def choosing(folder, **keys):
+    text = CHOOSING.format(rows=folder / "rows.jsonl", choices=json.dumps(CHOICES))
+    return text + "".join(f"{key}: {value}\n" for key, value in keys.items())
+
+
+@pytest.mark.parametrize("path", ["json", "nobody/nothing"])
+def test_data_that_cannot_be_had_are_told_with_the_way_to_them(benchmarked, tmp_path, path):
+    task = choosing(tmp_path).replace("dataset_path: json", f"dataset_path: {path}")
+    with pytest.raises(TrainError) as told:
+        benchmarked(task)
+    assert "evaluate.lm_eval.tasks: choosing: " in str(told.value)
+    assert f"without HF_HUB_OFFLINE, or name its files by whole paths in {tmp_path}/choosing.yaml" in str(told.value)
+
+
+def test_a_task_that_cannot_be_made_is_told_with_its_file(benchmarked, folder, tmp_path):
+    with pytest.raises(TrainError, match=rf"TypeError: .*; look at {tmp_path}/choosing.yaml, or leave the task out"):
+        benchmarked(choosing(folder, no_such_key=1))
+
+
+def test_python_of_a_task_that_fails_is_told_with_its_place(benchmarked, folder, tmp_path):
+    with pytest.raises(TrainError, match=rf"choosing: KeyError: 'colour' \({tmp_path}/own.py:10\)"):
+        benchmarked(choosing(folder, process_results="!function own.failing"))
+
+
+def test_what_the_model_cannot_do_is_no_fault_of_a_task(benchmarked, folder):
+    model = load_frozen(Model(base=str(folder / "base")), dtype=torch.float32, attention="sdpa")
+
+    def too_large(*inputs):
+        raise MemoryError("no room")
+
+    model.register_forward_pre_hook(too_large)
+    with pytest.raises(MemoryError, match="no room"):
+        benchmarked(choosing(folder), model=model)
+
+
+def test_fetching_data_gives_signs_of_life_and_no_longer(benchmarked, folder):
+    beats = []
+    slow = choosing(folder, custom_dataset="!function own.rows")
+    assert benchmarked(slow, beat=lambda: beats.append(time.monotonic()))
+    assert max(after - before for before, after in pairwise(beats)) < 2.0
+    told = len(beats)
+    time.sleep(1.5)
+    assert len(beats) == told
