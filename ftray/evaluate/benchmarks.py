@@ -201,10 +201,10 @@ def _beating(beat: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
     """The harness seeds every generator there is."""
-    python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), device_type="cuda"):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(torchs)

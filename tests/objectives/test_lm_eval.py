@@ -4,10 +4,12 @@ and on two."""
 from __future__ import annotations
 
 import json
+import random
 import time
 from contextlib import nullcontext
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -219,3 +221,25 @@ def test_fetching_data_gives_signs_of_life_and_no_longer(benchmarked, folder):
     told = len(beats)
     time.sleep(1.5)
     assert len(beats) == told
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_generator_goes_on_where_it_was(device):
+    from ftray.evaluate.benchmarks import _random_state_kept
+
+    def drawn():
+        torchs = [torch.rand(2, device=device).tolist(), torch.rand(2, device="cpu").tolist()]
+        return [random.random(), np.random.random(), *torchs]
+
+    def seeded(seed):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    seeded(5)
+    expected = drawn()
+    seeded(5)
+    with _random_state_kept():
+        seeded(1234)
+        drawn()
+    assert drawn() == expected
