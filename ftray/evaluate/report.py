@@ -19,7 +19,6 @@ from typing import Any
 import yaml
 
 from ftray import __version__
-from ftray.data.numbers import is_number, same_number
 from ftray.evaluate.charts import Series, dumbbell, line_chart
 from ftray.evaluate.compare import METRICS, Change, Comparison, GateResult, about, with_examples, written
 from ftray.evaluate.data_section import data_section
@@ -40,7 +39,7 @@ def write_report(
     data: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     comparison: Mapping[str, Any],
-    samples: Sequence[Mapping[str, str]],
+    samples: Sequence[Mapping[str, Any]],
     plan: Mapping[str, Any],
     card: Mapping[str, Any],
     details: Mapping[str, Any] | None = None,
@@ -48,9 +47,9 @@ def write_report(
     """Writes report.html and report.json into the folder `out`, made if needed, and gives the page's path.
 
     `run`: the resolved run file. `data`: DataReport.to_json(). `comparison`: Comparison.to_json(). `samples`:
-    {prompt, expected, base, tuned}. `details`: {base, tuned}, what the objective says beside the scores. `plan` and
-    `card`: plain data, shown as they are; of the card the page's head uses
-    id, digest, created and seconds. `metrics`: rows with kind and step,
+    {prompt, expected, base, tuned, right: {base, tuned}}, right as pass_at_1 counts it. `details`: {base, tuned}, what
+    the objective says beside the scores. `plan` and `card`: plain data, shown as they are; of the card the page's head
+    uses id, digest, created and seconds. `metrics`: rows with kind and step,
 
         {kind: train, step, loss, lr, tokens_per_s, grad_norm}    {kind: eval, step, loss}
         {kind: recovery, step, reason, seconds}
@@ -81,7 +80,7 @@ def page(
     data: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     comparison: Mapping[str, Any],
-    samples: Sequence[Mapping[str, str]],
+    samples: Sequence[Mapping[str, Any]],
     plan: Mapping[str, Any],
     card: Mapping[str, Any],
     details: Mapping[str, Any] | None = None,
@@ -93,7 +92,7 @@ def page(
         _scores(compared) if compared else None,
         labels_section(details or {}),
         _curves(metrics, compared),
-        _samples(samples, by_number=compared is not None and compared.after.pass_at_1 is not None),
+        _samples(samples),
         data_section(data) if data else None,
         _recoveries(metrics),
         facts_section("Plan", plan),
@@ -287,17 +286,17 @@ def _curves(metrics: Sequence[Mapping[str, Any]], compared: Comparison | None) -
     return join(tag("h2", "Curves"), tag("div", *drawn, class_="cells two")) if drawn else None
 
 
-def _samples(samples: Sequence[Mapping[str, str]], *, by_number: bool) -> Html | None:
+def _samples(samples: Sequence[Mapping[str, Any]]) -> Html | None:
     if not samples:
         return None
     return join(
         tag("h2", "Samples"),
         tag("p", "Held-out questions, answered greedily by both models.", class_="note"),
-        *(_sample(sample, by_number=by_number) for sample in samples),
+        *map(_sample, samples),
     )
 
 
-def _sample(sample: Mapping[str, str], *, by_number: bool) -> Html:
+def _sample(sample: Mapping[str, Any]) -> Html:
     prompt, expected = sample.get("prompt", ""), sample.get("expected", "")
     asked = tag("pre", prompt, class_="ask", dir="auto")
     if len(prompt) > LONG_PROMPT:
@@ -305,11 +304,9 @@ def _sample(sample: Mapping[str, str], *, by_number: bool) -> Html:
     columns = [tag("div", tag("div", "expected", class_="label"), _said(expected))]
     for side in ("base", "tuned"):
         said = sample.get(side, "")
-        right = bool(expected) and (
-            exact_match([said], [expected]) == 1
-            or json_match([said], [expected]) == 1
-            or (by_number and is_number(expected) and same_number(said, expected))
-        )
+        right = sample.get("right", {}).get(side)  # of one that counts for pass_at_1
+        if right is None:
+            right = bool(expected) and (exact_match([said], [expected]) == 1 or json_match([said], [expected]) == 1)
         label = tag("div", side, tag("span", "✓ as expected", class_="better") if right else None, class_="label")
         columns.append(tag("div", label, _said(said), class_=f"is-{side}{' hit-it' if right else ''}"))
     return tag("div", asked, tag("div", *columns, class_="answers"), class_="card sample")

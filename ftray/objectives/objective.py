@@ -123,6 +123,10 @@ class Objective(ABC):
         """Of one that rolls out, what the scores of held-out rows are made of, from all answers to them."""
         raise NotImplementedError
 
+    def right(self, observed: np.ndarray) -> list[bool | None]:
+        """Of one that rolls out, whether answers that were judged are right; None where nothing says so."""
+        raise NotImplementedError
+
     @abstractmethod
     def count(self, store: TokenStore, rows: np.ndarray) -> int:
         """What the loss sums of these rows are divided by, e.g. their trained tokens."""

@@ -247,6 +247,9 @@ class Reinforcement(Objective):
         columns_of(rollout, hands, found)
         return (rollout.columns["kl"] * rollout.mask_BT).sum(-1).double().numpy()
 
+    def right(self, observed: np.ndarray) -> list[bool | None]:
+        return [None if np.isnan(one) else one == 1 for one in observed[:, 2].tolist()]
+
     def observe(self, model: Any, batch: Any) -> np.ndarray:
         raise AssertionError("held-out rows are judged by their answers")
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ftray.config.schema import Evaluate
 from ftray.data.encode import Question
+from ftray.data.numbers import same_number
 from ftray.data.pack import deal
 from ftray.data.tokens import TokenStore
 from ftray.evaluate.compare import Scores, score
@@ -40,6 +41,7 @@ class Answer:
     expected: str
     given: str
     worth: float | None = None  # to evaluate.judge
+    right: bool | None = None  # what pass_at_1 is the mean of; None does not count
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Meter:
         """The objective's scores, and of one that writes: answers by generation, and the forgetting probe."""
         given = self._given(self.questions) if self.objective.writes else []
         by_task = self._by_task(given)
-        answers = self._answers(self.questions, given) if given else []
+        answers = self._marked(self._answers(self.questions, given), by_task) if given else []
         expected = [answer for answer in answers if answer.expected]
         general = self._general() if self.objective.writes and self.evaluate.forgetting else {}
         observed = joined(list(by_task.values()))
@@ -124,6 +126,17 @@ class Meter:
             numbers = numbered(expected, [a.task for a in answers], self.numeric)
             found[count] = Scores.of(answer_scores(given, expected, self.evaluate.labels, numbers))
         return replace(measured, baselines=found)
+
+    def _marked(self, answers: list[Answer], by_task: Mapping[str, np.ndarray]) -> list[Answer]:
+        """Answers with whether they are right: by their number, or as rewards say where they decide."""
+        numbers = numbered([a.expected for a in answers], [a.task for a in answers], self.numeric)
+        right: dict[int, bool] = {i: same_number(answers[i].given, answers[i].expected) for i in numbers}
+        if self.objective.rolls_out:
+            for task, observed in by_task.items():
+                rows = [i for i, answer in enumerate(answers) if answer.task == task]
+                said = zip(rows, self.objective.right(observed), strict=True)
+                right |= {i: one for i, one in said if one is not None}
+        return [replace(answer, right=right.get(i)) for i, answer in enumerate(answers)]
 
     def _judged(self, scores: Scores, answers: list[Answer], given: Sequence[Given]) -> tuple[Scores, list[Answer]]:
         """What the judge gives each answer, and how far they are from the base: what the score was paid with."""

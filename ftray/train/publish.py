@@ -160,8 +160,14 @@ def _recoveries(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _samples(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int) -> list[dict[str, str]]:
-    pairs = list(zip(before, after, strict=True))[:count]
+def _samples(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return [
-        {"prompt": a["prompt"], "expected": a["expected"], "base": b["given"], "tuned": a["given"]} for b, a in pairs
+        {
+            "prompt": tuned["prompt"],
+            "expected": tuned["expected"],
+            "base": base["given"],
+            "tuned": tuned["given"],
+            "right": {"base": base.get("right"), "tuned": tuned.get("right")},
+        }
+        for base, tuned in list(zip(before, after, strict=True))[:count]
     ]

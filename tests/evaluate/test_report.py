@@ -197,13 +197,21 @@ def test_text_that_no_file_can_hold_is_replaced_and_nothing_half_written_stays(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
-def test_an_answer_with_the_right_number_is_as_expected_where_numbers_count(page):
+def test_an_answer_is_as_expected_as_the_score_counts_it(page):
     said = {"prompt": "3 * 6?", "expected": "3 * 6 = 18\n#### 18", "base": "17", "tuned": "It is 18."}
-    by_number = compare(Scores(pass_at_1=0.0), Scores(pass_at_1=0.5)).to_json()
-    text = page(samples=[said], comparison=by_number).text
-    assert text.count("✓ as expected") == 1
-    assert "Pass@1" in text
-    assert "✓ as expected" not in page(samples=[said]).text
+    counted = {"right": {"base": False, "tuned": True}}
+    assert page(samples=[said | counted]).text.count("✓ as expected") == 1
+    mixed = compare(Scores(pass_at_1=0.0), Scores(pass_at_1=0.5)).to_json()
+    for right in ({}, {"right": {"base": None, "tuned": None}}):  # another task of the run is by number
+        assert "✓ as expected" not in page(samples=[said | right], comparison=mixed).text
+    same = {
+        "prompt": "tea?",
+        "expected": "two",
+        "base": "two ",
+        "tuned": "two",
+        "right": {"base": None, "tuned": False},
+    }
+    assert page(samples=[same]).text.count("✓ as expected") == 1
 
 
 def test_prompting_without_training_stands_beside_the_tuned_model(page):

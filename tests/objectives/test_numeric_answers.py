@@ -52,6 +52,8 @@ def test_the_numbers_that_the_answers_end_in_are_compared_with_those_expected(me
         by_task = {Path(task).stem: of_task for task, of_task in scores.tasks.items()}
         assert scores.pass_at_1 == by_task["sums"].pass_at_1 == pytest.approx(sum(right) / len(right))
         assert by_task["names"].pass_at_1 is None
+        assert [answer["right"] for answer in sums] == right
+        assert all(answer["right"] is None for answer in answers if answer not in sums)
 
 
 def test_prompting_the_base_is_scored_by_number_too(measured):

@@ -228,4 +228,5 @@ def test_held_out_answers_are_judged_and_the_distance_to_the_base_is_exact(group
         assert right == float(words == [question.answer])
     scores = objective.scores(observed)
     assert scores.keys() == {"reward", "kl", "pass_at_1"}
+    assert np.mean(objective.right(observed)) == pytest.approx(scores["pass_at_1"])
     assert scores["kl"] > 0
