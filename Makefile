@@ -2,16 +2,17 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LM_EVAL := .venv/.lm-eval
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 # The first Python that fits; `make PYTHON=/path/to/python3.12 …` names another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 	$$p -c '$(FITS)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sweep test test-all lint types clean
+.PHONY: help setup demo demo-sweep test test-all test-lm-eval lint types clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## a virtual environment with ftray and its dependencies, once
 
@@ -34,6 +35,13 @@ test: setup ## the tests, those that start Ray last; without the slow ones
 
 test-all: setup ## the slow tests too
 	@$(BIN)/python -m pytest
+
+test-lm-eval: $(LM_EVAL) ## the tests of benchmarks, for which the extra lm-eval is added to .venv
+	@$(BIN)/python -m pytest tests/evaluate/test_tasks.py tests/objectives/test_lm_eval.py
+
+$(LM_EVAL): $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,lm-eval]'
+	@touch $@
 
 lint: setup ## ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -21,8 +22,8 @@ def problems(gate="auto", **lm_eval):
     return dict(error.value.problems)
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="the extra lm-eval is installed")
-def test_without_the_extra_the_way_to_it_is_told():
+def test_without_the_extra_the_way_to_it_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     assert "pip install 'ftray[lm-eval]'" in problems(tasks=["arc_easy"])["evaluate.lm_eval.tasks"]
 
 
