@@ -87,7 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default=str(ROOT / "../shared/data"), help="folder of the data sets")
     parser.add_argument("--store", default="quality-store", help="where runs and their versions are kept")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the table")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for each run, e.g. scale.dtype=bf16")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for each run, e.g. model.dtype=bf16")
     parser.add_argument("--match", help="lines whose name fits this pattern, e.g. '*-feature'")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -230,7 +230,7 @@ def wnut17(data: Path, store: Path) -> Iterator[Setting]:
     rates = {
         "full": 3e-4,
         "lora": 3e-3,
-    }  # of those tried: at a third of them and 32 a batch, lora finds no entity at all
+    }  # at a third of its rate and 32 a batch lora finds no entity
     for name, lr in rates.items():
         yield Setting(
             name=f"wnut17-{name}",

@@ -24,7 +24,7 @@ def _submit(commands: argparse._SubParsersAction) -> None:
         "ftray submit run.yaml storage=s3://models/ftray optim.lr=2e-4\n"
         "ftray submit run.yaml --as evaluate\n"
         "ftray submit sweep.yaml --no-wait",
-        "Uploads this ftray, the file, and data it names by relative paths; whole paths and URIs are the cluster's.\n"
+        "Uploads this ftray, the file, and data it names by relative paths; absolute ones and URIs are the cluster's.\n"
         "The exit code is the job's own. Ctrl-C stops following, not the job. The same command resumes a run.",
     )
     run_file(command)

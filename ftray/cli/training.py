@@ -101,10 +101,10 @@ def _print_outcome(outcome: Outcome, *, storage: str) -> None:
         "report": outcome.report,
         "took": show.duration(outcome.seconds) + resumed,
     }
-    if outcome.version and comparison.passed:
+    served = comparison.served(outcome.version, outcome.tasks) if outcome.version else {}
+    if passed := [ref for ref, may in served.items() if may]:
         where = "" if storage == "./ftray-store" else f" --storage {shlex.quote(storage)}"
-        served = list(outcome.tasks.values()) or [outcome.version]
-        lines["next"] = f"ftray adapters promote {served[0]}{where}"
+        lines["next"] = f"ftray adapters promote {passed[0]}{where}"
     print(f"\n{show.pairs(lines)}")
 
 

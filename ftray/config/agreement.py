@@ -114,17 +114,17 @@ def disagreements(run: Run) -> Iterator[str]:
     if run.evaluate.lm_eval.tasks and run.objective.reads:
         yield f"evaluate.lm_eval.tasks: are for models that write, and {run.objective.kind} makes none; leave them out"
     if not run.evaluate.lm_eval.tasks and (given := run.evaluate.lm_eval.model_dump(exclude_defaults=True)):
-        yield f"evaluate.lm_eval.tasks: name no benchmark for {', '.join(given)}; set them, or leave lm_eval out"
+        yield f"evaluate.lm_eval.tasks: name no benchmark for {', '.join(given)}; set them, or evaluate.lm_eval={{}}"
     if run.evaluate.numeric is True:
-        yield from _problems_of_numbers(run)
-    if run.evaluate.judge and (run.objective.reads or run.objective.kind == "pretrain"):
+        yield from _number_problems(run)
+    if run.evaluate.judge and not run.answers:
         yield f"evaluate.judge: scores answers to held-out prompts, and {run.objective.kind} has none; leave it out"
     elif run.evaluate.judge and not run.evaluate.generate_rows:
         yield "evaluate.judge: scores generated answers; set evaluate.generate_rows, or leave it out"
     if isinstance(run.objective, REINFORCEMENT):
         yield from _rollout_problems(run)
     if run.objective.reads:
-        yield from _disagreements_of_a_reader(run)
+        yield from _reader_problems(run)
 
 
 def _task_problems(run: Run) -> Iterator[str]:
@@ -144,14 +144,17 @@ def _task_problems(run: Run) -> Iterator[str]:
         if source.task not in tasks:
             named = f"no source trains a task {source.task!r}" if source.task else "name the task of these rows"
             yield f"data.eval_sources.{index}.task: {named}; there are {', '.join(tasks) or 'none'}"
+    scored = {source.task for source in run.data.eval_sources} or set(tasks)
     for task in tasks:
+        if task not in scored:
+            yield f"data.eval_sources: nothing would judge the version of task {task!r}; add held-out rows of it"
         if not NAME_PATTERN.fullmatch(name := f"{run.name}-{task}"):
             yield f"name: the version of task {task!r} would be called {name!r}, longer than 64 characters; shorten one"
 
 
-def _problems_of_numbers(run: Run) -> Iterator[str]:
+def _number_problems(run: Run) -> Iterator[str]:
     objective = run.objective
-    if objective.reads or objective.kind == "pretrain":
+    if not run.answers:
         yield f"evaluate.numeric: compares answers to held-out prompts, and {objective.kind} has none; leave it out"
     elif not run.evaluate.generate_rows:
         yield "evaluate.numeric: compares generated answers; set evaluate.generate_rows, or leave it out"
@@ -180,7 +183,7 @@ def _rollout_problems(run: Run) -> Iterator[str]:
         yield f"method.init: pissa changes the base, which {objective.kind} compares with; use default"
 
 
-def _disagreements_of_a_reader(run: Run) -> Iterator[str]:
+def _reader_problems(run: Run) -> Iterator[str]:
     """What makes sense only where a model writes."""
     kind, data = run.objective.kind, run.data
     if data.packing == "on":

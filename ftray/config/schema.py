@@ -380,6 +380,11 @@ class Run(Section):
         return isinstance(self.objective, REINFORCEMENT) and any(one.decides_right for one in self.objective.rewards)
 
     @property
+    def answers(self) -> bool:
+        """Whether held-out rows have prompts that it answers: plain texts have none, and what reads writes none."""
+        return not self.objective.reads and self.objective.kind != "pretrain"
+
+    @property
     def takes_bitsandbytes(self) -> bool:
         return bool(getattr(self.method, "bits", None)) or self.optim.optimizer != "adamw"
 

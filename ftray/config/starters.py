@@ -1,4 +1,4 @@
-"""What `ftray init` can start a run file with, by name: a method, or an objective with lora. Nothing is imported."""
+"""What `ftray init` can begin a run file with. Apart from init.py: options are read before pydantic is loaded."""
 
 from __future__ import annotations
 

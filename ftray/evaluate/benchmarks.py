@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,11 +29,13 @@ from ftray.evaluate.tasks import manager_of
 from ftray.objectives.rollout import shared
 
 BEAT_S = 1.0
+FETCH_S = 1800.0  # a data set that is not there by then hangs, as the watchdog says of anything else
 FETCHING = (
-    "its data set is not on this node and cannot be fetched: fetch it there first, with a network and without "
-    "HF_HUB_OFFLINE, or name its files by whole paths in {file}"
+    "its data set is not on {host} and cannot be fetched: fetch it there first, with a network and without "
+    "HF_HUB_OFFLINE, or name its files by absolute paths in {file}"
 )
-LOADING = "look at {file}, or leave the task out"
+LOADING = "look at {file} on {host}, or leave the task out"
+NOWHERE = "lm_eval knows no such task on {host}; {needed} must be on every node"
 SCORING = "where that is the task's own, mend it there; else leave the task out"
 
 
@@ -52,11 +56,12 @@ def benchmarks(
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     harness = _Harness(_Watched(model, computing=computing, beat=beat), tokenizer, batch_size)
     with _random_state_kept():
+        tasks = _Fetched(asked, beat)
         try:
             found = lm_eval.simple_evaluate(
                 model=harness,
                 tasks=list(asked.tasks),
-                task_manager=_Fetched(asked, beat),
+                task_manager=tasks,
                 num_fewshot=asked.few_shot,
                 limit=asked.limit,
                 apply_chat_template=asked.chat,
@@ -64,7 +69,7 @@ def benchmarks(
                 log_samples=False,
             )
         except Exception as error:  # tasks have templates and Python of their own, which lm_eval runs
-            if isinstance(error, TrainError) or error is harness.failed:
+            if isinstance(error, TrainError) or error in (harness.failed, tasks.failed):
                 raise
             raise TrainError(_told(", ".join(asked.tasks), error, SCORING)) from error
     return shared([found and _by_name(found)])[0]  # on each node only the first worker is given them
@@ -93,8 +98,11 @@ class _Watched:
 class _Fetched:
     """lm_eval's manager of tasks. They load their data as they are made: it fetches them with a sign of life."""
 
+    failed: Exception | None = None
+    """How another worker was lost meanwhile: no fault of a task."""
+
     def __init__(self, asked: LmEval, beat: Callable[[], None]):
-        self._beat = beat
+        self._asked, self._beat = asked, beat
         with _beating(beat):
             self._manager = manager_of(asked)
 
@@ -112,7 +120,11 @@ class _Fetched:
                 problem = str(error)
             except ValueError as error:  # a task is in two of them
                 problem = _told(", ".join(names), error, "leave one out")
+        try:
             problems = [one for one in shared([problem]) if one]
+        except Exception as error:
+            self.failed = error
+            raise
         if problems:
             raise TrainError(problems[0])
         return loaded
@@ -122,10 +134,14 @@ class _Fetched:
         try:
             found = self._manager.load([name])
         except Exception as error:  # whatever its data set's reader says, or Python of its own
-            entry = self._manager.task_index.get(name)
-            file = entry and entry.yaml_path
+            entry, host = self._manager.task_index.get(name), socket.gethostname()
+            if entry is None:
+                needed = f"evaluate.lm_eval.folder: {self._asked.folder}" if self._asked.folder else "the same lm_eval"
+                told = NOWHERE.format(host=host, needed=needed)
+                raise TrainError(f"evaluate.lm_eval.tasks: {name}: {told}") from error
             way_out = FETCHING if isinstance(error, OSError) else LOADING
-            raise TrainError(_told(name, error, way_out.format(file=file or "its file"))) from error
+            way_out = way_out.format(file=entry.yaml_path or "its file", host=host)
+            raise TrainError(_told(name, error, way_out)) from error
         return [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
 
 
@@ -181,12 +197,12 @@ def _scores(task: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _beating(beat: Callable[[], None]) -> Iterator[None]:
-    """Inside, a thread gives a sign of life every second."""
-    done = threading.Event()
+    """Inside, a thread gives a sign of life every second, for FETCH_S."""
+    done, end = threading.Event(), time.monotonic() + FETCH_S
 
     def work() -> None:
         beat()
-        while not done.wait(BEAT_S):
+        while not done.wait(BEAT_S) and time.monotonic() < end:
             beat()
 
     thread = threading.Thread(target=work, name="ftray-fetching", daemon=True)

@@ -220,15 +220,19 @@ class Comparison:
         return _forgetting(self.before, self.after)
 
     def of_task(self, task: str) -> Comparison:
-        """The task's own scores; all of them where it has none. A rule about what no task has for itself, as
-        forgetting, is judged by all.
+        """The task's own scores. A rule about what no task has for itself, as forgetting, is judged by all; of a task
+        that nothing scored no rule passes.
         """
         if task not in self.before.tasks or task not in self.after.tasks:
-            return self
+            return compare(Scores(), Scores(), [whole.rule for whole in self.gate])
         own = compare(self.before.tasks[task], self.after.tasks[task], [whole.rule for whole in self.gate])
         measured = own.after.values()
         pairs = zip(own.gate, self.gate, strict=True)
         return replace(own, gate=[mine if metric_of(mine.rule) in measured else whole for mine, whole in pairs])
+
+    def served(self, version: str, tasks: Mapping[str, str]) -> dict[str, bool]:
+        """The versions of the run that are to be served, the tasks' where it has any, and whether each may be."""
+        return {ref: self.of_task(task).passed for task, ref in tasks.items()} or {version: self.passed}
 
     def rivals(self) -> list[tuple[str, list[float | None], float | None]]:
         """(metric, the base by number of examples, tuned) of what answers score; [] without baselines."""

@@ -339,9 +339,12 @@ def _recoveries(metrics: Sequence[Mapping[str, Any]]) -> Html | None:
 def _version(card: Mapping[str, Any], compared: Comparison | None) -> Html | None:
     promote = None
     if card.get("id"):
-        refused = " --force" if compared and not compared.passed else ""
-        command = tag("code", f"ftray adapters promote {card['id']}{refused}")
-        promote = tag("p", "To make it the one that is served: ", command, class_="note")
+        tasks = card.get("tasks", {})
+        served = compared.served(card["id"], tasks) if compared else dict.fromkeys(tasks.values() or [card["id"]], True)
+        commands = [
+            tag("code", f"ftray adapters promote {ref}{'' if passed else ' --force'}") for ref, passed in served.items()
+        ]
+        promote = tag("p", "To make it the one that is served:", *(join(" ", one) for one in commands), class_="note")
     return facts_section("Version", {key: value for key, value in card.items() if key not in SHOWN_ABOVE}, promote)
 
 

@@ -13,6 +13,7 @@ from ftray.errors import ConfigError
 from ftray.evaluate.compare import metric_of
 
 NOT_ASKED = "measured by no task of evaluate.lm_eval.tasks; write lm_eval/<task>/<metric>, and name {task!r} there too"
+NEAR = "measured by no task of evaluate.lm_eval.tasks; did you mean lm_eval/{near}/<metric>?"
 NO_SCORE = "lm_eval gives {task!r} no score of its own, but its tasks: {members}; name one of them"
 
 
@@ -22,7 +23,7 @@ def check_benchmarks(run: Run) -> None:
     problems = _missing(asked) if asked.tasks else []
     if not problems:
         index = manager_of(asked).task_index if asked.tasks else {}
-        problems = [*_unknown(asked, list(index)), *_not_measured(run, index)]
+        problems = [*_unknown(asked, list(index)), *_twice(asked, index), *_not_measured(run, index)]
     if problems:
         raise ConfigError(run.name, problems)
 
@@ -39,19 +40,25 @@ def manager_of(asked: LmEval) -> Any:
     return TaskManager(include_path=folder)
 
 
-def measured(name: str, index: Mapping[str, Any]) -> Iterator[str]:
+def measured(name: str, index: Mapping[str, Any], *, within: Sequence[str] = ()) -> Iterator[str]:
     """What has scores where lm_eval is asked for a name: a task; all tasks of a tag; a group that sums up its members,
-    and these."""
+    and these. ConfigError for a group that is `within` itself."""
+    if name in within:
+        raise ConfigError(f"group {name}", [("evaluate.lm_eval.tasks", f"{name!r} holds itself; take it out of there")])
     entry = index.get(name)
-    if entry and entry.kind.name == "GROUP":
-        yield from _of_group(name, entry.cfg, index)
+    if entry is not None and _is_group(entry):
+        yield from _of_group(name, entry.cfg, index, [*within, name])
     elif entry and entry.kind.name == "TAG":
         yield from sorted(entry.tags)
     else:
         yield name
 
 
-def _of_group(name: str, group: Mapping[str, Any], index: Mapping[str, Any]) -> Iterator[str]:
+def _is_group(entry: Any) -> bool:
+    return entry is not None and entry.kind.name == "GROUP"
+
+
+def _of_group(name: str, group: Mapping[str, Any], index: Mapping[str, Any], within: Sequence[str]) -> Iterator[str]:
     """lm_eval puts a group's name before those of members that stand nowhere but in it."""
     if group.get("aggregate_metric_list"):
         yield name
@@ -59,9 +66,9 @@ def _of_group(name: str, group: Mapping[str, Any], index: Mapping[str, Any]) -> 
         keys = member if isinstance(member, dict) else {"task": member}
         called = str(keys.get("group") or keys.get("task"))
         if called in index:
-            yield from measured(called, index)
+            yield from measured(called, index, within=within)
         elif "group" in keys:
-            yield from _of_group(f"{name}::{called}", keys, index)
+            yield from _of_group(f"{name}::{called}", keys, index, within)
         else:
             yield f"{name}::{called}"
 
@@ -73,8 +80,23 @@ def _not_measured(run: Run, index: Mapping[str, Any]) -> list[tuple[str, str]]:
         task = metric_of(rule).removeprefix(LM_EVAL).partition("/")[0]
         if metric_of(rule).startswith(LM_EVAL) and task not in known:
             members = sorted(measured(task, index))
-            told = NO_SCORE if known.issuperset(members) else NOT_ASKED
-            found.append((f"evaluate.gate.{number}", told.format(task=task, members=_some(members))))
+            near = difflib.get_close_matches(task, known, n=1)
+            told = NO_SCORE if known.issuperset(members) else NEAR if near else NOT_ASKED
+            said = told.format(task=task, members=_some(members), near=near and near[0])
+            found.append((f"evaluate.gate.{number}", said))
+    return found
+
+
+def _twice(asked: LmEval, index: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """lm_eval refuses a task that a group measures and another name too."""
+    found, before = [], dict[str, str]()  # name that asked first, by task
+    for number, name in enumerate(asked.tasks):
+        tasks = set(measured(name, index))
+        both = {task: before[task] for task in tasks & before.keys()}
+        for task, other in sorted(both.items())[:1]:
+            if _is_group(index.get(name)) or _is_group(index.get(other)):
+                found.append((f"evaluate.lm_eval.tasks.{number}", f"{task} is of {other!r} too; leave one out"))
+        before |= dict.fromkeys(tasks - before.keys(), name)
     return found
 
 

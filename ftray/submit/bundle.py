@@ -71,7 +71,9 @@ def bundled(job: Wanted, root: Path) -> Iterator[Path]:
         if size > LIMIT_BYTES:
             largest = max(job.files, key=lambda name: (root / name).stat().st_size)
             problem = f"{size / 2**20:.0f} MiB to upload, {largest} the largest; a cluster takes 100"
-            raise ConfigError(job.file, [("", f"{problem}. Put it into storage, and name it by its whole path or URI")])
+            raise ConfigError(
+                job.file, [("", f"{problem}. Put it into storage, and name it by an absolute path or URI")]
+            )
         yield folder
 
 
@@ -102,11 +104,11 @@ def _raw(path: Path) -> dict:
 def _shared(file: str, key: str, storage: str) -> None:
     if "://" not in storage and not Path(storage).is_absolute():
         problem = f"{storage} would be a folder of the job alone, and gone with it"
-        raise ConfigError(file, [(key, f"{problem}; say s3://…, gs://…, or the whole path of a folder on every node")])
+        raise ConfigError(file, [(key, f"{problem}; say s3://…, gs://…, or an absolute path that every node has")])
 
 
 def _beside(text: str, root: Path) -> list[str]:
-    """The files that a relative path, folder or glob means; none for URIs, whole paths, and names of the Hub."""
+    """The files that a relative path, folder or glob means; none for URIs, absolute paths, and names of the Hub."""
     if "://" in text or text.startswith("builtin:") or Path(text).expanduser().is_absolute():
         return []
     matches = [Path(text)] if Path(text).exists() else [Path(one) for one in sorted(glob.glob(text, recursive=True))]

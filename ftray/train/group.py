@@ -137,23 +137,23 @@ def _on_sigterm(follower: Follower) -> Iterator[None]:
 
 
 def for_workers(run: Run, storage: Storage) -> dict[str, Any]:
-    """The run with whole paths: workers do not start in the driver's folder."""
+    """The run with absolute paths: workers do not start in the driver's folder."""
     values = run.model_dump(mode="json")
     values["storage"] = storage.root
     if Path(run.model.base).expanduser().is_dir():
-        values["model"]["base"] = _whole(run.model.base)
+        values["model"]["base"] = _absolute(run.model.base)
     if isinstance(run.evaluate.forgetting, str):
-        values["evaluate"]["forgetting"] = _whole(run.evaluate.forgetting)
+        values["evaluate"]["forgetting"] = _absolute(run.evaluate.forgetting)
     if run.evaluate.lm_eval.folder:
-        values["evaluate"]["lm_eval"]["folder"] = _whole(run.evaluate.lm_eval.folder)
+        values["evaluate"]["lm_eval"]["folder"] = _absolute(run.evaluate.lm_eval.folder)
     for reward in values["objective"].get("rewards", []):
         if reward["kind"] == "python":
             file, _, name = reward["function"].rpartition(":")
-            reward["function"] = f"{_whole(file)}:{name}"
+            reward["function"] = f"{_absolute(file)}:{name}"
     return values
 
 
-def _whole(path: str) -> str:
+def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 

@@ -31,7 +31,7 @@ SMALL_BYTES = 64 * 2**20  # below that, tokenising here is quicker than shipping
 @dataclass(frozen=True)
 class Known:
     """`base` is its fingerprint; `packs`: it keeps packed examples apart; `head`: what it reads under, if it does;
-    `beside`: weights of models beside it; `lineage`: the versions that the base is made of."""
+    `beside`: weights of models beside it; `lineage`: the versions that the base and the first prompt are made of."""
 
     base: str
     shape: Shape
@@ -98,7 +98,7 @@ def counts_right(run: Run, data: Prepared) -> bool:
 
     if run.rewards_decide:
         return True
-    if run.objective.reads or not run.evaluate.generate_rows:
+    if not (run.answers and run.evaluate.generate_rows):
         return False
     asked = data.questions
     return bool(numeric_tasks([q.answer for q in asked], [q.task for q in asked], run.evaluate.numeric))
@@ -156,9 +156,9 @@ def _check_numbers(run: Run, data: Prepared) -> None:
     rules = [n for n, rule in enumerate(run.evaluate.rules) if metric_of(rule) == "pass_at_1"]
     if rules and not counts_right(run, data):
         objective, told = run.objective, NO_NUMBERS
-        if objective.reads or objective.kind == "pretrain":
+        if not run.answers:
             own = ", ".join(objective.reports)
-            told = f"it is a metric of objectives that generate answers; {objective.kind} reports {own}"
+            told = f"{objective.kind} writes no answers; name one of what it reports: {own}"
         problem = f"pass_at_1 is not measured: {told}"
         raise ConfigError(run.name, [(f"evaluate.gate.{n}", problem) for n in rules])
 

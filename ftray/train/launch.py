@@ -132,7 +132,8 @@ def evaluate(run: Run, *, ref: str | None = None) -> Outcome:
                 fit(run, storage, folder, known, checked, silent=False, version_key=version.key)
                 report, comparison = write_comparison(run, storage, folder, checked=checked, version=version)
             folder.set_state(status="done", version=version.id, report=report, comparison=comparison)
-        return Outcome(run.name, version.id, report, comparison, time.monotonic() - began, False)
+        tasks = _tasks(run, version.id, storage)
+        return Outcome(run.name, version.id, report, comparison, time.monotonic() - began, False, tasks)
 
 
 def _train(run: Run, *, fresh: bool, say, silent: bool) -> Outcome:

@@ -61,7 +61,7 @@ def write_comparison(
     comparison = _comparison(run, storage, folder).to_json()
     metrics = folder.metrics()
     state = folder.state()
-    shown = ("base", "base_fingerprint", "servability", "task", "ranks", "created", "seed", "packages")
+    shown = ("base", "base_fingerprint", "servability", "task", "tasks", "ranks", "created", "seed", "packages")
     card = {key: version.card[key] for key in shown if key in version.card}
     if "ranks" in card:
         card["ranks"] = _by_part(card["ranks"])

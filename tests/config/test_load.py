@@ -350,7 +350,7 @@ TASKS = """
 name: desks
 data:
   sources: [{path: a.jsonl, task: billing}, {path: b.jsonl, task: travel}]
-  eval_sources: [{path: c.jsonl, task: travel}]
+  eval_sources: [{path: c.jsonl, task: travel}, {path: d.jsonl, task: billing}]
 method: {kind: multitask_prompt}
 """
 
@@ -368,6 +368,12 @@ method: {kind: multitask_prompt}
         ),
         ("c.jsonl, task: travel", "c.jsonl", "data.eval_sources.0.task", "there are billing, travel"),
         ("method:", "objective: {kind: dpo}\nmethod:", "method.kind", "use objective kind: sft, pretrain or distill"),
+        (
+            ", {path: d.jsonl, task: billing}",
+            "",
+            "data.eval_sources",
+            "nothing would judge the version of task 'billing'",
+        ),
         ("task: billing", "task: Billing Desk", "data.sources.0.task", "is not a name"),
         ("name: desks", f"name: {'d' * 60}", "name", "longer than 64 characters"),
     ],

@@ -115,7 +115,7 @@ def test_scores_are_told_per_task_where_there_are_several():
     assert list(compare(scores, scores).tasks) == ["orders", "chat"]
 
 
-def test_a_task_is_judged_by_its_own_scores_and_by_all_where_it_has_none():
+def test_a_task_is_judged_by_its_own_scores_where_it_has_them():
     tasks = {"orders": Scores(loss=1.0, exact_match=0.2), "chat": Scores(loss=3.0)}
     tuned = {"orders": Scores(loss=0.5, exact_match=0.1), "chat": Scores(loss=2.0)}
     rules = ["loss < base", "exact_match > base", "forgetting < 0.5"]
@@ -126,7 +126,22 @@ def test_a_task_is_judged_by_its_own_scores_and_by_all_where_it_has_none():
     assert orders.gate[2] == chat.gate[2] == whole.gate[2]
     assert orders.after == tuned["orders"]
     assert orders.forgetting is None
-    assert whole.of_task("no rows of it were held out") is whole
+    unseen = whole.of_task("no rows of it were held out")
+    assert not unseen.passed
+    assert {r.value for r in unseen.gate} == {None}
+
+
+def test_of_several_tasks_each_version_is_served_that_passed_its_own_gate():
+    before, after = Scores(loss=2.0), Scores(loss=1.0)
+    tasks = {"red": (Scores(loss=1.0), Scores(loss=1.5)), "blue": (Scores(loss=3.0), Scores(loss=0.5))}
+    whole = compare(
+        replace(before, tasks={name: sides[0] for name, sides in tasks.items()}),
+        replace(after, tasks={name: sides[1] for name, sides in tasks.items()}),
+        ["loss < base"],
+    )
+    assert whole.served("desks@v1", {}) == {"desks@v1": True}
+    refs = {"red": "desks-red@v1", "blue": "desks-blue@v1"}
+    assert whole.served("desks@v1", refs) == {"desks-red@v1": False, "desks-blue@v1": True}
 
 
 def test_a_task_of_numbers_is_scored_by_them_and_a_reward_says_first_what_is_right():

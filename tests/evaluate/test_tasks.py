@@ -51,6 +51,18 @@ def test_a_folder_that_is_not_there_and_a_rule_about_another_task_are_told(tmp_p
     (tmp_path / "own.yaml").write_text(OWN)
     found = problems(tasks=["choosing"], folder=str(tmp_path), gate=["lm_eval/chosing/acc > base"])
     assert list(found) == ["evaluate.gate.0"]
+    assert "did you mean lm_eval/choosing/<metric>?" in found["evaluate.gate.0"]
+
+
+@installed
+def test_a_task_that_two_names_ask_for_and_a_group_that_holds_itself_are_told(tmp_path):
+    (tmp_path / "own.yaml").write_text(OWN)
+    (tmp_path / "most.yaml").write_text("group: most\ntask: [choosing]\n")
+    (tmp_path / "loop.yaml").write_text("group: loop\ntask: [around]\n")
+    (tmp_path / "around.yaml").write_text("group: around\ntask: [loop]\n")
+    found = problems(tasks=["most", "choosing"], folder=str(tmp_path))
+    assert found == {"evaluate.lm_eval.tasks.1": "choosing is of 'most' too; leave one out"}
+    assert "'loop' holds itself" in problems(tasks=["loop"], folder=str(tmp_path))["evaluate.lm_eval.tasks"]
 
 
 @installed

@@ -80,7 +80,7 @@ def test_a_gate_on_right_answers_where_none_are_written(refused, kind, reports):
     labels = [{"label": "even"}, {"label": "odd"}] if kind == "classification" else [{}]
     rows = [{"text": f"row {n}", **labels[n % len(labels)]} for n in range(30)]
     said = refused(rows=rows, objective__kind=kind, evaluate__gate="[pass_at_1 >= 0.5]")
-    assert f"a metric of objectives that generate answers; {kind} reports {reports}" in said
+    assert f"{kind} writes no answers; name one of what it reports: {reports}" in said
     assert "numeric" not in said
 
 
