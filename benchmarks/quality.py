@@ -226,7 +226,7 @@ def gsm8k(data: Path, store: Path) -> Iterator[Setting]:
 
 def wnut17(data: Path, store: Path) -> Iterator[Setting]:
     """Entities of six kinds in noisy text (WNUT 2017), and the same settings under transformers' Trainer alone."""
-    folder, common = data / "wnut17", {"epochs": 5, "batch_size": 16}
+    folder, common = data / "wnut17", {"epochs": 3, "batch_size": 16}
     rates = {
         "full": 3e-4,
         "lora": 3e-3,
