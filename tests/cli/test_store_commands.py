@@ -153,6 +153,7 @@ def asked(root, tmp_path):
     """`ftray adapters delete coffee@v1` at a terminal, waiting for its answer, and the terminal's other end."""
     publish(root, tmp_path / "a")
     ours, theirs = pty.openpty()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, by children too
     command = [sys.executable, "-m", "ftray.cli", "adapters", "delete", "coffee@v1"]
     child = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert child.stdout
