@@ -36,12 +36,23 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
     return run_from(text.data, overrides, source=os.fspath(path), lines=text, folder=Path(path).parent)
 
 
+OTHER_FILES = {
+    "space": "this is a sweep file, which `ftray sweep {file}` checks before it starts anything",
+    "http": "this is a serve file, which `ftray serve {file} --check` checks",
+    "adapters": "this is a serve file, which `ftray serve {file} --check` checks",
+}
+"""By a key that a run has not: what a file is that was taken for a run's."""
+
+
 def load_runs(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Run]:
     """The same for a file that may have `stages:`: its runs in order, each but the first from the one before.
 
     Overrides say what all stages share, or with `stages.1.optim.lr=1e-4` what one says itself.
     """
     source, text = os.fspath(path), _mapping(path, "expected keys such as name: and data: at the top")
+    for key, told in OTHER_FILES.items():
+        if key in text.data:
+            raise ConfigError(source, [("", told.format(file=source))])
     if "stages" not in text.data:
         return [load_run(path, overrides)]
     runs: list[Run] = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+LORA = {"kind": "lora", "rank": 16}
 STARTERS: dict[str, dict[str, Any]] = {
-    "lora": {"method": {"kind": "lora", "rank": 16}},
+    "lora": {"method": LORA},
     "qlora": {"method": {"kind": "lora", "rank": 16, "bits": 4}, "optim": {"optimizer": "paged_adamw_8bit"}},
     "freeze": {"method": {"kind": "freeze", "last_layers": 2}},
     "adalora": {"method": {"kind": "adalora", "rank": 8}},
@@ -22,12 +23,13 @@ STARTERS: dict[str, dict[str, Any]] = {
     "p_tuning": {"method": {"kind": "p_tuning", "tokens": 20}},
     "full": {"method": {"kind": "full"}},
     "feature": {"method": {"kind": "feature"}, "objective": {"kind": "classification"}},
-    "dpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "dpo"}},
-    "orpo": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "orpo"}},
-    "kto": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "kto"}},
-    "reward": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "reward"}},
+    "dpo": {"method": LORA, "objective": {"kind": "dpo"}},
+    "orpo": {"method": LORA, "objective": {"kind": "orpo"}},
+    "kto": {"method": LORA, "objective": {"kind": "kto"}},
+    "distill": {"method": LORA, "objective": {"kind": "distill", "teacher": "builtin:tiny"}},
+    "reward": {"method": LORA, "objective": {"kind": "reward"}},
     "pretrain": {"method": {"kind": "full"}, "objective": {"kind": "pretrain"}, "evaluate": {"generate_rows": 0}},
-    "classification": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "classification"}},
-    "regression": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "regression"}},
-    "token_classification": {"method": {"kind": "lora", "rank": 16}, "objective": {"kind": "token_classification"}},
+    "classification": {"method": LORA, "objective": {"kind": "classification"}},
+    "regression": {"method": LORA, "objective": {"kind": "regression"}},
+    "token_classification": {"method": LORA, "objective": {"kind": "token_classification"}},
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftray.config.load import dump_run, load_run, run_from
+from ftray.config.load import dump_run, load_run, load_runs, run_from
 from ftray.config.schema import Run
 from ftray.errors import ConfigError
 
@@ -344,6 +344,14 @@ def test_baselines_need_answers_to_compare(tmp_path):
     found = problems(tmp_path, MINIMAL + "objective: {kind: pretrain}\nevaluate: {baselines: [4]}\n")
     assert "no questions to ask" in found["evaluate.baselines"]
     assert load_run(written(tmp_path, MINIMAL + "evaluate: {baselines: [4, 0, 4]}\n")).evaluate.baselines == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "command"), [("space: {optim.lr: [1]}", "ftray sweep"), ("http: {port: 1}", "--check` checks")]
+)
+def test_a_file_that_is_no_runs_is_named_with_its_command(tmp_path, text, command):
+    with pytest.raises(ConfigError, match=command):
+        load_runs(written(tmp_path, text))
 
 
 TASKS = """
