@@ -9,7 +9,7 @@ TEXT = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 
 
 def commands(program):
-    blocks = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", TEXT.replace("\\\n", ""), re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith(f"{program} ")]
     return [shlex.split(line.removesuffix("&")) for line in lines]
 
