@@ -55,7 +55,8 @@ class Jobs:
             try:
                 with self._answering():
                     return self._client.submit_job(
-                        entrypoint=shlex.join([python, "job.py", *script_args]),
+                        # exec: a shell that is stopped right after it forked would leave the job behind, running
+                        entrypoint=f"exec {shlex.join([python, 'job.py', *script_args])}",
                         submission_id=f"{run}-{command}-{time.strftime('%Y%m%d-%H%M%S')}",
                         runtime_env={"working_dir": str(folder)},
                         metadata={RUN: run, "ftray_command": command},

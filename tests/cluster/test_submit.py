@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
 from tests.cluster.conftest import free_port
@@ -113,6 +115,20 @@ def test_a_job_that_goes_on_is_not_submitted_again_and_can_be_stopped_by_its_run
     assert ids[0] == ids[1]
     assert ftray(cluster, "jobs", "stop", "endless") == 0
     assert "STOPPED" in capfd.readouterr().out
+    end = time.monotonic() + 20
+    while left := processes_of(ids[0]):
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+
+
+def processes_of(job):
+    """Those that Ray started for a job, and theirs."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if job in process.environ().get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
+                found.append((process.pid, process.cmdline()))
+    return found
 
 
 def test_a_sweep_is_submitted_with_the_run_it_varies(cluster, away, run_file, capfd):
