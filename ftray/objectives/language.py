@@ -53,6 +53,10 @@ class Language(Objective):
     def scores(self, observed: np.ndarray) -> dict[str, float]:
         return scores(observed)
 
+    def nats(self, logits_NV: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """`loss_sum` of logits that are there already."""
+        return _nats(logits_NV, batch, label_smoothing=getattr(self.section, "label_smoothing", 0.0))
+
 
 def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], rows: Iterable[int], *, packed: bool) -> Batch:
     """A micro-batch of (ids, trained) pairs, in one row or one row each."""
@@ -128,9 +132,32 @@ def loss_sum(model, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tens
 
     A sum, not a mean: the caller divides by the trained tokens of the whole window over all workers.
     """
-    logits_NV = trained_logits(model, batch).float()
+    return _nats(trained_logits(model, batch), batch, label_smoothing=label_smoothing)
+
+
+def _nats(logits_NV: torch.Tensor, batch: Batch, *, label_smoothing: float) -> torch.Tensor:
+    logits_NV = logits_NV.float()
     targets_N = batch.targets.to(logits_NV.device)
     return F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Batches one after the other, as one; padded ones to the longest of all. Positions that are trained keep order."""
+    one = batches[0]
+    joined = {
+        "targets": torch.cat([batch.targets for batch in batches]),
+        "lengths": tuple(length for batch in batches for length in batch.lengths),
+        "rows": tuple(row for batch in batches for row in batch.rows),
+    }
+    if one.position_ids is not None:
+        names = ("input_ids", "predicts", "position_ids")
+        return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches], 1) for name in names}, **joined)
+    width = max(batch.input_ids.shape[1] for batch in batches)
+    wide = {
+        name: torch.cat([F.pad(getattr(b, name), (0, width - b.input_ids.shape[1])) for b in batches])
+        for name in ("input_ids", "predicts")
+    }
+    return Batch(**wide, position_ids=None, **joined)
 
 
 @torch.no_grad()

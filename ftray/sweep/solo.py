@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ftray.config.schema import Feature, Lora, Run
 from ftray.evaluate.compare import Scores
@@ -61,7 +61,9 @@ class Solo(Worker):
             self._build()
             self.at = self._resume()
         named = self.run.model_copy(update={"name": self.folder.name.replace(".", "-")})
-        self.sinks = open_trackers(named, self.storage, self.folder.key, self.stack, first=self.at)
+        self.sinks = []
+        if self.rank == 0:
+            self.sinks = open_trackers(named, self.storage, self.folder.key, self.stack, first=self.at)
 
     def advance(self, step: int) -> None:
         """Train until `step` updates are done."""
@@ -96,8 +98,10 @@ class Solo(Worker):
         return found
 
     def flush(self, *more: dict[str, Any]) -> None:
-        """Rows to storage and to the trackers. A tracker that fails must not end a trial."""
+        """Worker 0's rows to storage and to the trackers. A tracker that fails must not end a trial."""
         rows, self.rows = [*self.rows, *more], []
+        if self.rank:
+            return
         self.folder.append_metrics(rows)
         for sink in list(self.sinks):
             try:
@@ -140,23 +144,56 @@ class Solo(Worker):
         """The base as it was loaded: frozen weights are shared between trials, weights that change are copied."""
         if self.layout.zero == 3 or getattr(self.run.method, "bits", None) or isinstance(self.run.method, Feature):
             return super()._base()  # DeepSpeed and bitsandbytes change the weights' own tensors; a feature head is new
+        return self._copied(alone=_leaves_base_alone(self.run.method))
+
+    def _copied(self, *, alone: bool):
+        """New modules over the process's base, which is loaded once; `alone`: over the same weights too."""
         model, layout = self.run.model.model_dump(), self.layout
-        key = json.dumps([model, layout.dtype, layout.attention], sort_keys=True)
+        key = json.dumps([model, layout.dtype, layout.attention, getattr(self.run.method, "bits", None)], sort_keys=True)
         if key not in self.bench.bases:
             self.bench.bases.clear()  # one base at a time: two may not fit
             self.bench.bases[key] = super()._base()
         base, tokenizer = self.bench.bases[key]
-        return copy.deepcopy(base, _shared(base) if _leaves_base_alone(self.run.method) else {}), tokenizer
+        return copy.deepcopy(base, _shared(base) if alone else {}), tokenizer
 
     def _report(self, metrics: dict[str, Any]) -> None:
         """Ray Train has no part in this."""
 
 
-def open_trial(job: Job, bench: Bench, *, metric: str, whole: bool = False) -> Solo:
+Kind = TypeVar("Kind", bound=Solo)
+
+
+class Banked(Solo):
+    """The worker of a trial that makes its steps together with others (`train/together.py`), over one base.
+
+    `watchdog` is the group's. Everything but the steps is each trial's own.
+    """
+
+    def _base(self):
+        return self._copied(alone=True)
+
+    def _engine(self, whole):
+        from ftray.train.plain_engine import PlainEngine
+
+        return PlainEngine(whole, named=self.named, layout=self.layout, optim=self.run.optim, lr=self.schedule.lr)
+
+    def base_for_all(self):
+        """The base once more, for the pass that trials share."""
+        base, _ = self._copied(alone=True)
+        if not getattr(self.run.method, "bits", None):
+            base.to(self.device)
+        if self.layout.gradient_checkpointing:
+            base.enable_input_require_grads()
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.config.use_cache = False
+        return base
+
+
+def open_trial(job: Job, bench: Bench, *, metric: str, whole: bool = False, kind: type[Kind] = Solo) -> Kind:  # type: ignore[assignment]
     """The trial's worker; its run is taken from the job."""
     run = Run.model_validate(job.run)
     folder = RunFolder(Storage(run.storage), job.folder)
-    return Solo(job, run, folder, bench, metric=metric, whole=whole)
+    return kind(job, run, folder, bench, metric=metric, whole=whole)
 
 
 def judge(job: Job, bench: Bench, *, version_key: str | None) -> None:

@@ -39,6 +39,18 @@ class Job:
     events: Any = None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a step saw on this worker: its micro-batches and their summed losses in nats; `loss`: this worker's share of
+    the loss, `grad_norm`: of all workers, before clipping; `tokens` of the whole window."""
+
+    micros: list[Any]
+    sums: list[float]
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
 def train_loop(job: Job) -> None:
     """Ray Train's entry. Errors that the user can fix become a verdict in the run's folder instead of restarts."""
     started = time.monotonic()
@@ -175,10 +187,9 @@ class Worker:
         from ftray.models import chain
         from ftray.models.adapt import adapt, switches_off, trainable
         from ftray.plain_template import plain_template
-        from ftray.train.deepspeed import build_engine, deepspeed_config
+        from ftray.train.deepspeed import deepspeed_config
         from ftray.train.measure import Meter
         from ftray.train.nvme import make_nvme_ready
-        from ftray.train.plain_engine import PlainEngine
         from ftray.train.ranks import RankBudget
 
         run, layout = self.run, self.layout
@@ -220,11 +231,7 @@ class Worker:
         self.model, self.learnt = model, trainable(model)
         self.judges: dict[str, Any] = {}
         self.named = self.learnt | beside
-        built = {"named": self.named, "layout": layout, "optim": run.optim, "lr": self.schedule.lr}
-        if isinstance(run.method, Feature) and not layout.zero:
-            self.engine: Any = PlainEngine(whole, **built)
-        else:
-            self.engine = build_engine(whole, **built, dtype=self.dtype)
+        self.engine: Any = self._engine(whole)
         self.model.train()
         self.ranks = None
         if isinstance(run.method, AdaLora):
@@ -240,13 +247,23 @@ class Worker:
             evaluate=run.evaluate,
             layout=layout,
             max_length=run.data.max_length,
-            computing=self._computing,
+            computing=self.computing,
             beat=lambda: self.watchdog.beat(),
             judge=self._worth(run.evaluate.judge) if run.evaluate.judge else None,
             switches_off=switches_off(run.method),
         )
         stores = [self.data.eval] if self.job.version_key else [self.data.train, self.data.eval]
         self.objective.begin(model, method=run.method, stores=stores, figures=self._figures)
+
+    def _engine(self, whole):
+        """What steps `named`: DeepSpeed's engine, or a plain one where that would be most of the time."""
+        from ftray.train.deepspeed import build_engine
+        from ftray.train.plain_engine import PlainEngine
+
+        built = {"named": self.named, "layout": self.layout, "optim": self.run.optim, "lr": self.schedule.lr}
+        if isinstance(self.run.method, Feature) and not self.layout.zero:
+            return PlainEngine(whole, **built)
+        return build_engine(whole, **built, dtype=self.dtype)
 
     def _vectors(self, method: Feature):
         from ftray.train import features
@@ -278,7 +295,7 @@ class Worker:
             seed=self.run.seed,
             synced=self.layout.zero == 3,
             deal=self._deal,
-            computing=self._computing,
+            computing=self.computing,
             another_base=self._another_base,
             beat=lambda: self.watchdog.beat(),
             worth=self._worth,
@@ -299,7 +316,7 @@ class Worker:
             self.judges[version] = Worth(model, dtype=self.dtype, tokens=tokens, beat=lambda: self.watchdog.beat())
         return self.judges[version]
 
-    def _computing(self) -> contextlib.AbstractContextManager:
+    def computing(self) -> contextlib.AbstractContextManager:
         """Without ZeRO, 16-bit computing is autocast over fp32 learnt weights; with it, the weights are 16-bit."""
         import torch
 
@@ -355,21 +372,20 @@ class Worker:
         import torch
 
         from ftray.train.deepspeed import update
-        from ftray.train.measure import summed
 
         began = time.monotonic()
         self.watchdog.beat()
         rate = self.schedule.lr_at(step)
         # dropout, whatever came before; torch.manual_seed notes a traceback where there is no GPU, 1 ms each time
         seed = torch.default_generator.manual_seed if self.layout.device == "cpu" else torch.manual_seed
-        seed((self.run.seed * 1_000_003 + step) * 4093 + self.rank)
+        seed(self.seed_at(step))
         micros, sums, loss = [], [], 0.0
         try:
             store, parts = self.objective.lessons(step, self.windows.rows(step))
             for part in parts:
-                mine = self._micros(store, part)
+                mine = self.micros(store, part)
                 count = max(1, self.objective.count(store, part))
-                with self._computing():
+                with self.computing():
                     self.objective.before_update(self.model, mine, count=count)
                 done = update(self.engine, mine, partial(self._loss, store), count=count, lr=rate, ranks=self.ranks)
                 micros += mine
@@ -378,28 +394,41 @@ class Worker:
         except torch.OutOfMemoryError as error:
             self._halve(error)
             raise
+        tokens = sum(int(store.lengths[part].sum()) for part in parts)
+        seen = Seen(micros, sums, loss=loss, grad_norm=done.grad_norm, tokens=tokens)
+        return self.stepped(step, seen, began=began)
+
+    def seed_at(self, step: int) -> int:
+        """The seed of what a step draws on this worker."""
+        return (self.run.seed * 1_000_003 + step) * 4093 + self.rank
+
+    def stepped(self, step: int, seen: Seen, *, began: float) -> bool:
+        """What follows an update: is it sound, what the log is told, checkpoints; true when the run shall stop."""
+        import torch
+
+        from ftray.train.measure import summed
+
         notes = [self.keeper.busy, self.notices.due, self.notices.stop]
-        told = torch.tensor([loss, *map(float, notes), *self.objective.noted()], dtype=torch.float64)
+        told = torch.tensor([seen.loss, *map(float, notes), *self.objective.noted()], dtype=torch.float64)
         loss, busy, ask, stop, *noted = summed(told, self.layout.device).tolist()
-        self._refuse_nan(step, loss=loss, norm=done.grad_norm, sums=sums, micros=micros)
+        self._refuse_nan(step, loss=loss, norm=seen.grad_norm, sums=seen.sums, micros=seen.micros)
         if self.ranks is not None:
-            self.ranks.after_step(step + 1, grad_norm=done.grad_norm)
+            self.ranks.after_step(step + 1, grad_norm=seen.grad_norm)
         if self.keeper.waiting and not busy:
             self.keeper.finish()
         after = step + 1
         if after % self.schedule.log_every == 0 or after == self.schedule.steps:
             seconds = time.monotonic() - began
-            tokens = sum(int(store.lengths[part].sum()) for part in parts)
             self.log(
                 {
                     "kind": "train",
                     "step": after,
                     "loss": loss,
-                    "lr": rate,
-                    "grad_norm": done.grad_norm,
+                    "lr": self.schedule.lr_at(step),
+                    "grad_norm": seen.grad_norm,
                     "epoch": self.windows.epoch(after),
-                    "tokens": tokens,
-                    "tokens_per_s": tokens / seconds,
+                    "tokens": seen.tokens,
+                    "tokens_per_s": seen.tokens / seconds,
                     "seconds": seconds,
                     **self.objective.told(noted),
                 }
@@ -425,7 +454,7 @@ class Worker:
         )
         self.folder.set_verdict(TrainError.__name__, text)
 
-    def _micros(self, store, rows):
+    def micros(self, store, rows):
         hands = self._deal(store.lengths[rows])
         return [self.objective.batch(store, rows[hand], spare=int(rows[0])) for hand in hands]
 
@@ -445,7 +474,7 @@ class Worker:
     def _loss(self, store, engine, micro):
         from ftray.models import virtual
 
-        with self._computing(), virtual.of_rows(self.model, store, micro.rows):
+        with self.computing(), virtual.of_rows(self.model, store, micro.rows):
             return self.objective.loss_sum(engine, micro)
 
     def _evaluate(self, step: int) -> None:
