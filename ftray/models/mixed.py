@@ -151,7 +151,7 @@ class Mixed:
         """Make the layers ready that an adapter has parts of. ModelError where one is no linear layer of the base."""
         for name in adapter.parts.keys() - self.layers.keys():
             if name not in self._linear:
-                raise ModelError(f"method.targets: {name} is no linear layer; trials cannot share a pass, set fuse: off")
+                raise ModelError(f"method.targets: {name} is no linear layer, which a shared pass needs; set fuse: off")
             parent, _, leaf = name.rpartition(".")
             self.layers[name] = MixedLinear(self._linear[name], self, name)
             setattr(self.model.get_submodule(parent), leaf, self.layers[name])
@@ -254,7 +254,7 @@ def _read(x_NI: torch.Tensor, share: _Share, mask: torch.Tensor | None, dtype: t
     return own if mask is None else own * mask.to(dtype)
 
 
-def _add_all(y_NO: torch.Tensor, x_NI: torch.Tensor, uses: _Uses, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _add_all(y_NO: torch.Tensor, x_NI: torch.Tensor, uses: _Uses, weights: Sequence[Any]) -> list[torch.Tensor]:
     inners = []
     for number, (share, scale, mask) in enumerate(zip(uses.shares, uses.scales, uses.masks, strict=True)):
         A, B = (weight.to(y_NO.dtype) for weight in weights[2 * number : 2 * number + 2])
@@ -286,7 +286,7 @@ def _back_all(to_y_NO: torch.Tensor, to_x_NI: torch.Tensor | None, saved: Any, u
 
 
 class _Plain(torch.autograd.Function):
-    """x [N, I], weight [O, I], A's and B's of one dtype. With `back` [N], W x is computed of the first `once` tokens."""
+    """x [N, I], weight [O, I], A's and B's of one dtype. With `back` [N], W x is that of the first `once` tokens."""
 
     @staticmethod
     def forward(ctx: Any, x_NI, weight, bias, uses: _Uses, repeats: tuple[int, Any], *weights):

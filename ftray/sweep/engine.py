@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ftray.config.sweeping import Pbt, Sweep
 from ftray.errors import ClusterError, ConfigError, TrainError
@@ -22,12 +22,13 @@ from ftray.sweep.planning import Planner, check_answers, check_metric, largest
 from ftray.sweep.records import DONE, FAILED, STOPPED, End, Record, SweepFolder, sign_of
 from ftray.sweep.search import open_search
 from ftray.sweep.table import Board
+from ftray.sweep.task import Task
 from ftray.train import cluster, room
 from ftray.train.known import Known
 from ftray.train.launch import by_number, connecting, names_versions
 from ftray.train.layout import Node
 
-MAY_CHANGE = {"parallel", "budget"}
+MAY_CHANGE = {"parallel", "budget", "fuse"}
 QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune takes Ctrl-C for a normal end
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -83,6 +84,8 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
             resumed = not fresh and folder.resolved() is not None
             folder.begin(asked.model_dump(mode="json"), fresh=fresh)
             with Board(asked, planner.parallel, silent=as_json) as board:
+                for line in planner.lines():
+                    board.say(line)
                 drive = Drive(asked, folder, planner, lease, board)
                 drive.run()
             return _conclude(asked, folder, planner, began=began, resumed=resumed)
@@ -123,6 +126,11 @@ class Drive:
         board.show(self.records.values())
 
     def run(self) -> None:
+        if self.planner.fusing is not None:
+            from ftray.sweep import groups
+
+            groups.run(self)
+            return
         from ftray.sweep import tuning
 
         stopping = self.sweep.stopping
@@ -145,7 +153,7 @@ class Drive:
         record = self._next_record()
         if record is not None:
             self.live[tune_id] = record.number
-            return self.planner.task(record, self.folder, deadline=self._deadline())
+            return self.task(record.number)
         best = result.best(self.sweep, list(self.records.values()))
         if self.live:
             return self._meanwhile(tune_id, best)
@@ -159,9 +167,13 @@ class Drive:
         self.board.say(f"scoring trial {best.number} in full")
         return self.planner.task(best, self.folder, judge="version")
 
+    def task(self, number: int, *, judge: Literal["base", "version"] | None = None) -> Task:
+        """What a trial's process is given, now."""
+        return self.planner.task(self.records[number], self.folder, deadline=self._deadline(), judge=judge)
+
     def _meanwhile(self, tune_id: str, best: Record | None) -> Any:
         """While the last trials run, a free seat scores the base, which the best is compared with at the end."""
-        if best is None or self.compared is not None or self.planner.workers > 1:
+        if best is None or self.compared is not None or self.planner.workers > 1 or self.planner.fusing is not None:
             return None
         self.compared = best
         self.live[tune_id] = best.number
@@ -255,7 +267,7 @@ class Drive:
 
     def _spend(self) -> None:
         now = time.time() - self.began
-        held = self.planner.gpus * self.planner.workers * len(self.live)
+        held = self.planner.held(len(self.live))
         self.gpu_seconds += held * (now - self._spent_at)
         self._spent_at = now
         hours = self.before["hours"] + now / 3600
@@ -266,7 +278,7 @@ class Drive:
         budget, ends = self.sweep.budget, []
         if budget.hours:
             ends.append(self.began + (budget.hours - self.before["hours"]) * 3600)
-        if budget.gpu_hours and (held := self.planner.gpus * self.planner.workers * self.planner.parallel):
+        if budget.gpu_hours and (held := self.planner.held(self.planner.parallel)):
             left = budget.gpu_hours - self.before["gpu_hours"] - self.gpu_seconds / 3600
             ends.append(time.time() + left * 3600 / held)
         return min(ends, default=None)

@@ -18,8 +18,9 @@ from ftray.data.tagged import kind_of
 from ftray.errors import ConfigError, ModelError
 from ftray.evaluate.compare import METRICS
 from ftray.store.paths import Storage
+from ftray.sweep import fusing
 from ftray.sweep.records import Record, SweepFolder, sign_of
-from ftray.sweep.trial import Task
+from ftray.sweep.task import Task
 from ftray.train import memory, resolve
 from ftray.train.group import for_workers
 from ftray.train.known import NO_NUMBERS, Known, check_method, counts_right
@@ -56,6 +57,9 @@ class Planner:
     sweep: Sweep
     storage: Storage
     nodes: Sequence[Node]
+    fusing: fusing.Fusing | None = None
+    alone: str | None = None
+    """Why no trials share passes, where they might."""
     _known: dict[str, Known] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,8 +74,18 @@ class Planner:
     def workers(self) -> int:
         return largest(self.sweep)
 
+    def held(self, live: int) -> float:
+        """GPUs that so many trials hold."""
+        return self.gpus * self.workers * (min(live, self.fusing.groups) if self.fusing else live)
+
+    def lines(self) -> list[str]:
+        """How trials share the cluster, for the terminal."""
+        if self.fusing is not None:
+            return [self.fusing.line(workers=self.workers, cpus=self.cpus, gpus=self.gpus)]
+        return [f"each trial alone: {self.alone}"] if self.alone else []
+
     @property
-    def _takes_bitsandbytes(self) -> bool:
+    def takes_bitsandbytes(self) -> bool:
         searched = {"method.bits", "method.kind", "method", "optim.optimizer"} & self.sweep.space.keys()
         return bool(searched) or self.sweep.run.takes_bitsandbytes
 
@@ -91,19 +105,23 @@ class Planner:
             self.remember(run, known)
         if seed is not None:
             run = run.model_copy(update={"seed": seed})
-        scale = run.scale.model_copy(update={"gpus_per_worker": self.gpus, "cpus_per_worker": self.cpus})
+        placed: dict[str, Any] = {"gpus_per_worker": self.gpus, "cpus_per_worker": self.cpus}
+        if self.fusing is not None:
+            placed["zero"] = 0  # adapters are small, and each is whole on every worker
+        scale = run.scale.model_copy(update=placed)
         run = run.model_copy(update={"scale": scale})
         rows = epoch_rows(known.data.train, [source.weight for source in run.data.sources])
         per_epoch = rows / run.optim.batch_size
         return Planned(run, known, work_out(run, known, list(self.nodes)), per_epoch)
 
     def check(self) -> None:
-        """Lay out the corners of the space. ConfigError with every value that the base or the budget does not allow."""
+        """Lay out the corners of the space, and decide how trials share the cluster. ConfigError with every value that
+        the base or the budget does not allow."""
         from ftray.models import chain
         from ftray.models.load import load_config
 
         problems: dict[str, str] = {}
-        times: list[float] = []
+        every: list[Planned] = []
         for values in corners(self.sweep):
             try:
                 run = chain.here(run_of(self.sweep, values), self.storage)
@@ -114,11 +132,30 @@ class Planner:
                 where = next((one for one in values if key.startswith(one)), next(iter(values), "run"))
                 problems.setdefault(f"space.{where}", f"with {values}: {text or key}")
                 continue
-            if planned.checked.plan.seconds:
-                times.append(planned.checked.plan.seconds)
+            every.append(planned)
+        times = [planned.checked.plan.seconds for planned in every if planned.checked.plan.seconds]
         problems |= self._budget_problems(min(times, default=0.0))
         if problems:
             raise ConfigError(self.sweep.name, list(problems.items()))
+        if self.sweep.fuse == "auto":
+            self._fuse(every, load_config(chain.here(self.sweep.run, self.storage).model))
+
+    def _fuse(self, planned: Sequence[Planned], config: Any) -> None:
+        """Let trials share passes, where all can."""
+        cpus = sum(node.cpus for node in self.nodes)
+        seats = resolve.seats(self.nodes, self.gpus, self.cpus if self._fixed_cpus else 1.0)
+        if not self.gpus and not self._fixed_cpus:
+            seats = int(cpus // fusing.GROUP_CPUS)
+        found = fusing.why_not(self.sweep, planned, config)
+        if found is None:
+            found = fusing.fit(self.sweep, planned, self.nodes, room=seats // self.workers)
+        if isinstance(found, str):
+            self.alone = found
+            return
+        self.fusing = found
+        self.parallel = min(found.groups * found.seats, self.sweep.count)
+        at_once = self.sweep.run.scale.model_copy(update={"workers": self.workers * found.groups})
+        self.gpus, self.cpus = resolve.place(at_once, self.nodes)
 
     def _budget_problems(self, shortest: float) -> dict[str, str]:
         budget, found = self.sweep.budget, {}
@@ -157,7 +194,7 @@ class Planner:
         whole = run.evaluate == _trimmed(run, sweep.metric).evaluate
         if not judge:
             run = _trimmed(run, sweep.metric)
-        evaluated = every if self.workers > 1 and not judge else 0
+        evaluated = every if self.workers > 1 and not judge and self.fusing is None else 0
         schedule = replace(planned.checked.schedule, checkpoint_every=every, eval_every=evaluated)
         trial = folder.run(record.number)
         if trial.resolved() is None:
@@ -186,7 +223,7 @@ class Planner:
             deadline=None if judge or record.of is not None else deadline,
             judge=judge,
             whole=whole,
-            takes_bitsandbytes=self._takes_bitsandbytes,
+            takes_bitsandbytes=self.takes_bitsandbytes,
             replays=sweep.stopping.kind != "pbt",
         )
 

@@ -53,6 +53,7 @@ class Solo(Worker):
         bench.prepare(job.layout.device)
         self.bench, self.metric, self.whole = bench, metric, whole
         self.rows: list[dict[str, Any]] = []
+        self.sinks: list[Any] = []
         self.stack = contextlib.ExitStack()
         super().__init__(job, run, folder, time.monotonic())
 
@@ -61,7 +62,6 @@ class Solo(Worker):
             self._build()
             self.at = self._resume()
         named = self.run.model_copy(update={"name": self.folder.name.replace(".", "-")})
-        self.sinks = []
         if self.rank == 0:
             self.sinks = open_trackers(named, self.storage, self.folder.key, self.stack, first=self.at)
 
@@ -148,8 +148,8 @@ class Solo(Worker):
 
     def _copied(self, *, alone: bool):
         """New modules over the process's base, which is loaded once; `alone`: over the same weights too."""
-        model, layout = self.run.model.model_dump(), self.layout
-        key = json.dumps([model, layout.dtype, layout.attention, getattr(self.run.method, "bits", None)], sort_keys=True)
+        model, layout, bits = self.run.model.model_dump(), self.layout, getattr(self.run.method, "bits", None)
+        key = json.dumps([model, layout.dtype, layout.attention, bits], sort_keys=True)
         if key not in self.bench.bases:
             self.bench.bases.clear()  # one base at a time: two may not fit
             self.bench.bases[key] = super()._base()

@@ -23,7 +23,7 @@ COST, LEAST = "cost", "min"
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """A trial of an earlier start, as far as a scheduler looks at one."""
 
     trial_id: str
@@ -60,7 +60,7 @@ class Rungs(FIFOScheduler):
 
     def _relive(self, known: Sequence[Record], metric: str, sign: int) -> None:
         """The reports of ended trials in the order they came."""
-        trials = {record.number: _Known(f"known-{record.number}") for record in known}
+        trials = {record.number: Known(f"known-{record.number}") for record in known}
         for trial in trials.values():
             self.inner.on_trial_add(None, trial)
         rows = [(row["at"], record.number, row) for record in known for row in record.reports]

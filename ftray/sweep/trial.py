@@ -12,11 +12,10 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from ray import tune
 
@@ -24,72 +23,9 @@ from ftray.config.schema import Run
 from ftray.errors import FtrayError
 from ftray.evaluate.compare import METRICS, Scores
 from ftray.models import leave_out_bitsandbytes
-from ftray.store.paths import Storage
-from ftray.store.runs import RunFolder
-from ftray.sweep.records import DONE, FAILED, STOPPED, End, SweepFolder, reports
-from ftray.train.worker import Job
-
-OVER_BUDGET = "the budget was used up"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a seat is given, as plain data. `every`: steps between reports; `sign`: -1 where more is better.
-
-    `judge`: nothing is trained; the base is scored as `ftray evaluate` does it, and the trial's version after it.
-    """
-
-    sweep: str
-    number: int
-    job: Job
-    every: int
-    steps_per_epoch: float
-    metric: str
-    sign: int
-    searching: bool
-    deadline: float | None = None  # seconds since 1970
-    judge: Literal["base", "version"] | None = None
-    whole: bool = False  # all that the run measures is what the sweep compares
-    takes_bitsandbytes: bool = True  # one of the sweep's trials does; a process trains many
-    replays: bool = True  # PBT takes up a trial where it was, and is not told again
-
-    @property
-    def storage(self) -> Storage:
-        return Storage(self.job.run["storage"])
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.storage, self.job.folder)
-
-    @property
-    def version_key(self) -> str:
-        return f"{self.folder.key}/output"
-
-    def report(self, *, step: int, scores: dict[str, float], seconds: float, lr: float) -> dict[str, Any]:
-        return {
-            "kind": "report",
-            "step": step,
-            "epoch": step / self.steps_per_epoch,
-            "iteration": -(-step // self.every),
-            "scores": scores,
-            "seconds": seconds,
-            "lr": lr,
-            "at": time.time(),
-        }
-
-    def result(self, row: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """A report as Tune's result. `cost` is what its schedulers compare: less is better."""
-        return {
-            **row,
-            "number": self.number,
-            "searching": self.searching,
-            "cost": self.sign * row["scores"][self.metric],
-            **more,
-        }
-
-    def end(self, status: str, reason: str = "", scores: dict[str, float] | None = None) -> dict[str, Any]:
-        SweepFolder(self.storage, self.sweep).end(self.number, End(status, reason, scores or {}))
-        return {"number": self.number, "searching": self.searching, "ended": status, "reason": reason, "done": True}
+from ftray.sweep.course import Course, lacking
+from ftray.sweep.records import DONE, FAILED, STOPPED, reports
+from ftray.sweep.task import OVER_BUDGET, Task
 
 
 class Seat(tune.Trainable):
@@ -104,7 +40,6 @@ class Seat(tune.Trainable):
         self.tasks = tasks  # of a population, by number
         self.bench = Bench()
         self.worker: Any = None
-        self.spent = 0.0
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -115,9 +50,8 @@ class Seat(tune.Trainable):
         task = self.task
         if task.judge:
             return self._judge()
-        if self.recorded:
-            row = self.recorded.pop(0)
-            return task.result(row, replayed=bool(self.recorded))
+        if (row := self.course.again()) is not None:
+            return row
         began = time.monotonic()
         while True:
             try:
@@ -139,7 +73,7 @@ class Seat(tune.Trainable):
 
         from ftray.train import state
 
-        meta = {"number": self.task.number, "seconds": self.spent, "step": 0}
+        meta = {"number": self.task.number, "seconds": self.course.spent, "step": 0}
         if self.worker is not None:
             tensors = {
                 name: tensor.clone().contiguous()
@@ -160,7 +94,7 @@ class Seat(tune.Trainable):
         worker = self._open()
         tensors = load_file(Path(checkpoint_dir, "state.safetensors"))
         state.restore(worker.engine, worker.named, tensors, steps=meta["step"])
-        worker.at, self.spent = meta["step"], max(self.spent, meta["seconds"])
+        worker.at, self.course.spent = meta["step"], max(self.course.spent, meta["seconds"])
         if meta["number"] != self.task.number:
             lr = worker.schedule.lr
             worker.log({"kind": "copied", "step": worker.at, "from": meta["number"], "lr": lr, "at": time.time()})
@@ -172,13 +106,10 @@ class Seat(tune.Trainable):
         """Another trial. In a population its number is in its Tune name: PBT gives it the configuration of another."""
         self._close()
         task: Task = self.tasks[int(self.trial_name.rpartition("-")[2])] if self.tasks else config["task"]
-        told = reports(task.folder)
         lr = config.get("lr")
         if lr is not None and not task.replays:
             task = replace(task, job=replace(task.job, schedule=replace(task.job.schedule, lr=lr)))
-        self.task, self.recorded = task, list(told) if task.replays else []
-        self.told = told[-1]["step"] if self.recorded else 0
-        self.spent = told[-1]["seconds"] if told else 0.0
+        self.task, self.course = task, Course(task)
 
     def _open(self):
         from ftray.sweep.solo import open_trial
@@ -190,30 +121,23 @@ class Seat(tune.Trainable):
 
     def _train(self, began: float) -> dict[str, Any]:
         """Up to the next report, or to the end."""
-        task, worker = self.task, self._open()
-        steps = worker.schedule.steps
-        goal = min(steps, max(self.told, worker.at) // task.every * task.every + task.every)
+        task, worker, course = self.task, self._open(), self.course
+        goal = course.goal(worker)
         while worker.at < goal:
             if task.deadline and time.time() > task.deadline:
-                worker.flush()
-                return task.end(STOPPED, OVER_BUDGET)
+                return course.over_budget(worker)
             worker.advance(min(goal, worker.at + 1) if task.deadline else goal)
-        last = worker.at >= steps
-        scores = worker.finish() if last else worker.measure()
-        if not math.isfinite(scores.get(task.metric, math.nan)):
-            return self._failed(f"step {worker.at}: {_lacking(task.metric, scores)}")
-        self.spent += time.monotonic() - began
-        row = task.report(step=worker.at, scores=scores, seconds=self.spent, lr=worker.schedule.lr)
-        worker.flush(row)
-        self.told = worker.at
-        ended = task.end(DONE, scores=scores) if last else {}
-        return {**task.result(row), **ended}
+        scores = worker.finish() if worker.at >= worker.schedule.steps else worker.measure()
+        course.spent += time.monotonic() - began
+        result = course.reached(worker, scores)
+        if result.get("ended") == FAILED:
+            self._close()
+        return result
 
     def _failed(self, reason: str) -> dict[str, Any]:
-        if self.worker is not None:
-            self.worker.flush()
+        result = self.course.failed(reason, self.worker)
         self._close()
-        return self.task.end(FAILED, reason)
+        return result
 
     def _judge(self) -> dict[str, Any]:
         from ftray.sweep.solo import judge
@@ -293,7 +217,7 @@ class GroupSeat(tune.Trainable):
         kept = self.task.storage.read_json(f"{self.task.folder.key}/after.json")
         scores = Scores.from_json(kept["scores"]).values()
         if not math.isfinite(scores.get(self.task.metric, math.nan)):
-            return self.task.end(FAILED, _lacking(self.task.metric, scores))
+            return self.task.end(FAILED, lacking(self.task.metric, scores))
         row = self._tell(self.task.job.schedule.steps, scores)
         return {**self.task.result(row), **self.task.end(DONE, scores=scores)}
 
@@ -302,9 +226,3 @@ class GroupSeat(tune.Trainable):
         row = self.task.report(step=step, scores=scores, seconds=seconds, lr=self.task.job.schedule.lr)
         self.task.folder.append_metrics([row])
         return row
-
-
-def _lacking(metric: str, scores: Mapping[str, float]) -> str:
-    """Why a trial has no score. A score that is not finite may have been left out already."""
-    others = ", ".join(name for name in scores if name != metric)
-    return f"the held-out {metric} is not a number; lower optim.lr" + (f", or compare by {others}" if others else "")

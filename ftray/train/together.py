@@ -51,7 +51,7 @@ class Pace:
             if self._tries.get(width, 0) < TRIES:
                 return width
         fastest = max(self.best[width] for width in widths)
-        return next(width for width in widths if self.best[width] * AS_GOOD >= fastest)
+        return min(width for width in widths if self.best[width] * AS_GOOD >= fastest)
 
     def told(self, width: int, *, tokens: int, seconds: float) -> None:
         self._tries[width] = self._tries.get(width, 0) + 1
@@ -69,13 +69,13 @@ class Pace:
 class Together:
     """The trials of one worker group, over one base. Every worker of the group makes the same calls."""
 
-    def __init__(self, base: Any, *, tokens: int, device: Any):
+    def __init__(self, base: Any, *, tokens: int, device: Any, pace: Pace | None = None):
         """`base`: frozen, with modules of its own, since its layers are replaced. `tokens`: of one pass, at most, but
-        for a trial whose own micro-batch is larger."""
+        for a trial whose own micro-batch is larger. `pace`: none: a new one."""
         self.mixed, self.tokens, self.device = Mixed(base), tokens, device
         self.mixed.model.train()
         self.adapters: dict[int, Adapter] = {}
-        self.pace = Pace()
+        self.pace = pace or Pace()
 
     def enter(self, trial: Worker) -> None:
         """A trial whose model was built over the same base. ModelError where it cannot share a pass."""
@@ -137,9 +137,7 @@ class Together:
 
     def _pass(self, lessons: Sequence[_Lesson], turn: int) -> None:
         """Forward and backward over these trials' micro-batches of a turn."""
-        seen: set[Any] = set()
-        again = [same in seen or bool(seen.add(same)) for same in (_same(one.micros[turn]) for one in lessons)]
-        lessons = [one for repeats in (False, True) for one, is_so in zip(lessons, again, strict=True) if is_so is repeats]
+        lessons = _repeats_last(lessons, turn)
         batches = [one.micros[turn] for one in lessons]
         joint = stacked(batches)
         packed = joint.position_ids is not None
@@ -167,6 +165,13 @@ class Together:
         return None
 
 
+def _repeats_last(lessons: Sequence[_Lesson], turn: int) -> list[_Lesson]:
+    """In order, but those whose examples another one has already come last."""
+    firsts = {_same(one.micros[turn]): one for one in reversed(lessons)}
+    news = [one for one in lessons if firsts[_same(one.micros[turn])] is one]
+    return [*news, *(one for one in lessons if firsts[_same(one.micros[turn])] is not one)]
+
+
 def stacked_tokens(batches: Sequence[Batch]) -> int:
     """Tokens of these batches as one, padding included."""
     if batches[0].position_ids is not None:
@@ -187,5 +192,5 @@ def _rows(adapter: Adapter, batch: Batch, width: int) -> Rows:
 
 
 def _widths(trials: int) -> list[int]:
-    """1, 2, 4, … and all of them."""
-    return [*(2**n for n in range(trials.bit_length()) if 2**n < trials), trials]
+    """All of them, and 1, 2, 4, … down from there."""
+    return [trials, *(2**n for n in reversed(range(trials.bit_length())) if 2**n < trials)]

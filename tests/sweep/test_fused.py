@@ -1,7 +1,7 @@
 """Trials that train in one pass give the losses and weights that each gives alone."""
 
 import pytest
-from fused_drill import apart, drill, weights, write_base
+from fused_drill import Variant, apart, drill, write_base
 
 # Sums run over the same numbers in another order: a stack's products instead of each trial's.
 LOSS, WEIGHT = 2e-5, 1e-4
@@ -26,23 +26,72 @@ FOUR = [
 ]
 
 
+CUT = {"optim.micro_batch_size": 1}
+PADDED = {"data.packing": "off"}
+NF4 = [{**one, "method": {**one["method"], "bits": 4}} for one in FOUR[:2]]
+UPPER = [
+    {**one, "method": {**one["method"], "targets": ["model.layers.2.mlp.up_proj", "model.layers.1.self_attn.v_proj"]}}
+    for one in FOUR[:2]
+]
+TOO_FAST = {"method": {"kind": "lora", "rank": 4}, "optim": {"steps": 5, "batch_size": 6, "lr": 1e30}, "seed": 1}
+
+
+def fused(name, trials, **keys):
+    """All trials in every pass, unless it says otherwise."""
+    return Variant(name, trials, together=True, **{"width": 4, **keys})
+
+
+ONE = [
+    Variant("alone", FOUR),
+    fused("fused", FOUR),
+    fused("measured", FOUR, width=None),
+    fused("narrow", FOUR, tokens=600),
+    fused("padded", FOUR, run=PADDED),
+    fused("accumulated", FOUR, run=CUT),
+    Variant("padded-accumulated-alone", FOUR, run=CUT | PADDED),
+    fused("padded-accumulated", FOUR, run=CUT | PADDED),
+    fused("changing", FOUR, enters={3: 3}, leaves={0: 3}),
+    fused("failing", [*FOUR[:2], TOO_FAST, FOUR[3]]),
+    fused("interrupted", FOUR, stops=3, checkpoint_every=2, enters={1: 1}),
+    fused("resumed", FOUR, store="interrupted", checkpoint_every=2),
+    Variant("upper-alone", UPPER),
+    fused("upper", UPPER),
+    fused("upper-padded", UPPER, run=PADDED),
+    Variant("bf16-alone", FOUR[:2], run={"model.dtype": "bf16"}),
+    fused("bf16", FOUR[:2], run={"model.dtype": "bf16"}),
+    Variant("nf4-alone", NF4),
+    fused("nf4", NF4),
+]
+TWO = [
+    Variant("two-alone", FOUR),
+    fused("two", FOUR),
+    fused("two-padded", FOUR, run=CUT | PADDED, enters={2: 1}, leaves={0: 3}),
+]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def trained(tmp_path_factory):
+    """{(variant, trial): what came of it}."""
     folder = tmp_path_factory.mktemp("fused")
     write_base(folder / "base")
-    return folder
+    return drill(folder, ONE) | drill(folder, TWO, workers=2)
 
 
-def same(folder, *, alone, fused, numbers=range(4)):
-    """The losses and weights of trials in both."""
+def same(trained, one, other, numbers, *, loss=LOSS, weight=WEIGHT, steps=None):
     for number in numbers:
-        (losses, one), (others, other) = ((found[number], weights(folder, name, number)) for name, found in (alone, fused))
-        assert losses.keys() == others.keys()
-        assert others == pytest.approx(losses, abs=LOSS), f"trial {number}"
-        assert apart(one, other) < WEIGHT, f"trial {number}"
+        left, right = trained[one, number], trained[other, number]
+        wanted = {step: value for step, value in left.losses.items() if steps is None or step in steps}
+        assert {step: right.losses[step] for step in wanted} == pytest.approx(wanted, abs=loss), f"trial {number}"
+        if steps is None:
+            assert right.losses.keys() == left.losses.keys()
+            assert apart(left.learnt, right.learnt) < weight, f"trial {number}"
 
 
-def test_four_trials_of_different_ranks_rates_and_schedules_are_as_alone(folder):
-    alone = drill(folder, name="alone", trials=FOUR)
-    fused = drill(folder, name="fused", trials=FOUR, together=True)
-    same(folder, alone=("alone", alone), fused=("fused", fused))
+def test_four_trials_of_different_ranks_rates_and_schedules_are_as_alone(trained):
+    same(trained, "alone", "fused", range(4))
+    assert len({round(trained["fused", number].losses[4], 3) for number in range(4)}) == 4, "they are not one trial"
+
+
+@pytest.mark.parametrize("name", ["narrow", "accumulated"])
+def test_how_the_rows_are_cut_into_passes_changes_nothing(trained, name):
+    same(trained, "alone", name, range(4))
