@@ -1,4 +1,4 @@
-"""What a process and all below it hold: the memory column of the benchmarks."""
+"""What a process and all below it hold, and how long they computed: columns of the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,3 +18,15 @@ def held(pid: int) -> int:
                 lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
                 total += 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
     return total
+
+
+def computed(pid: int) -> dict[int, float]:
+    """Processor seconds so far of a process and all below it that live now, by process."""
+    found = {}
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        for one in [parent, *parent.children(recursive=True)]:
+            with suppress(psutil.Error):
+                times = one.cpu_times()
+                found[one.pid] = times.user + times.system
+    return found

@@ -21,6 +21,7 @@ import torch
 
 from ftray.errors import AdapterError
 from ftray.models.load import linear_modules, linear_shape
+from ftray.models.mixed import add_update
 from ftray.serve import native
 from ftray.serve.lora_files import LoraLayer
 
@@ -206,8 +207,8 @@ def add(y_NO: torch.Tensor, x_NI: torch.Tensor, mix: Mix, a_SrI: torch.Tensor, b
             update = torch.bmm(inner, b).view(size, -1)
             y_NO.index_add_(0, part.targets, update.index_select(0, part.real))
     for one in mix.alone:
-        inner = x_NI[one.begin : one.end] @ a_SrI[one.slot, :rank].t()
-        y_NO[one.begin : one.end].addmm_(inner, b_SrO[one.slot, :rank])
+        tokens = slice(one.begin, one.end)
+        add_update(y_NO[tokens], x_NI[tokens], a_SrI[one.slot, :rank], b_SrO[one.slot, :rank].t())
 
 
 class Bank:

@@ -1,6 +1,5 @@
 """One Ray cluster for every test that needs one: a head without CPUs and two nodes, all on this machine."""
 
-import json
 import logging
 import os
 import socket
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from files_here import run_writer, sweep_writer
 
 NODE_CPUS = 2
 
@@ -92,39 +92,10 @@ def run_file(small_base, orders, tmp_path):
     return run_writer(small_base, orders, tmp_path)
 
 
-def run_writer(small_base, orders, tmp_path):
-    def write(name="faults", **keys):
-        lines = {
-            "storage": str(tmp_path / "store"),
-            "model.base": str(small_base),
-            "data.sources": [str(orders / "train.jsonl")],
-            "data.eval_sources": [str(orders / "eval.jsonl")],
-            "data.max_length": 192,
-            "optim.steps": 30,
-            "optim.batch_size": 6,  # for 1, 2 and 3 workers
-            "optim.lr": 5e-3,
-            "scale.workers": 2,
-            "scale.cpus_per_worker": 1,
-            "scale.checkpoint_every": 5,
-            "evaluate.every": 0,
-            "evaluate.generate_rows": 2,
-            "evaluate.max_new_tokens": 4,
-            "evaluate.forgetting": False,
-            "evaluate.gate": [],
-            "track.to": [],
-        } | {key.replace("__", "."): value for key, value in keys.items()}
-        tree = {"name": name}
-        for dotted, value in lines.items():
-            *sections, key = dotted.split(".")
-            place = tree
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[key] = value
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(json.dumps(tree))
-        return path
-
-    return write
+@pytest.fixture
+def sweep_file(run_file, tmp_path):
+    """Writes a sweep file over a small run; keyword arguments are its keys. Each trial trains alone unless it says."""
+    return sweep_writer(run_file, tmp_path)
 
 
 @dataclass

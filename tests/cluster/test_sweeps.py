@@ -1,48 +1,16 @@
 """Sweeps on a cluster of two nodes: stops, failures, budgets, populations, and deaths in the middle."""
 
-import csv
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from sweeps_here import driver_of, folder_of, swept, table_of, until
 
-from ftray.config.load import load_run, load_sweep
+from ftray.config.load import load_run
 from ftray.errors import ConfigError
-from ftray.store.paths import Storage
 from ftray.store.registry import Registry
-from ftray.sweep.records import SweepFolder
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture
-def sweep_file(run_file, tmp_path):
-    """Writes a sweep file over a small run; keyword arguments are its keys."""
-
-    def write(name, *, run=None, **keys):
-        small = {"scale__workers": 1, "optim__steps": 6, "evaluate__generate_rows": 0}
-        path = run_file(name=f"{name}-run", **{**small, **(run or {})})
-        sweep = {"name": name, "run": str(path), "space": {"method.rank": [2, 4]}, "every": 0.03, **keys}
-        out = tmp_path / f"{name}-sweep.yaml"
-        out.write_text(json.dumps(sweep))
-        return out
-
-    return write
-
-
-def swept(path, **options):
-    from ftray.sweep.engine import sweep
-
-    return sweep(load_sweep(path), as_json=True, **options)
-
-
-def folder_of(path):
-    asked = load_sweep(path)
-    return SweepFolder(Storage(asked.run.storage), asked.name)
 
 
 def test_a_sweep_ends_with_its_best_registered_and_failures_are_rows(cluster, sweep_file):
@@ -136,40 +104,18 @@ def test_after_the_death_of_driver_and_node_the_table_is_that_of_an_undisturbed_
     folder = folder_of(path)
 
     node = cluster.add_node(num_cpus=2)
-    driver = _driver(cluster, path)
-    _until(lambda: sum(folder.ended(number) is not None for number in folder.numbers()) >= 2, driver)
+    driver = driver_of(cluster, path)
+    until(lambda: sum(folder.ended(number) is not None for number in folder.numbers()) >= 2, driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     ended = {number: folder.ended(number) for number in folder.numbers() if folder.ended(number)}
     assert ended
     assert folder.outcome() is None
 
-    driver = _driver(cluster, path)
-    _until(lambda: len(folder.numbers()) > len(ended) + 1, driver)
+    driver = driver_of(cluster, path)
+    until(lambda: len(folder.numbers()) > len(ended) + 1, driver)
     cluster.remove_node(node, allow_graceful=False)
     assert driver.wait(timeout=300) == 0
     assert all(folder.ended(number) == end for number, end in ended.items()), "nothing that ended is done again"
-    assert _table(folder) == _table(folder_of(sweep_file("calm", **keys, seed=5)))
+    assert table_of(folder) == table_of(folder_of(sweep_file("calm", **keys, seed=5)))
     assert folder.outcome()["best"] == undisturbed.best
-
-
-def _driver(cluster, path):
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
-    return subprocess.Popen([sys.executable, "-m", "ftray.cli", "sweep", str(path), "--json"], env=environment)
-
-
-def _until(what, driver, timeout_s=240):
-    end = time.monotonic() + timeout_s
-    while not what():
-        assert driver.poll() is None, "the driver ended"
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
-def _table(folder):
-    text = folder.storage.read_bytes(f"{folder.key}/report/trials.csv").decode()
-    timed = ("seconds",)
-    rows = [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(text.splitlines())]
-    for row in rows:
-        row["loss"] = round(float(row["loss"]), 5)
-    return rows
