@@ -68,6 +68,20 @@ def _reasons(sweep: Sweep, planned: Sequence[Planned], config: Any) -> Iterator[
     if any(one.checked.layout.gradient_checkpointing for one in planned) and _drops(runs):
         yield "method.dropout is drawn twice under scale.gradient_checkpointing"
     yield from _of_base(config)
+    yield from _of_targets([run.method for run in runs], config)
+
+
+def _of_targets(methods: Sequence[Any], config: Any) -> Iterator[str]:
+    if all(method.targets == "auto" for method in methods):
+        return
+    from ftray.models.adapt import lora_targets
+    from ftray.models.load import linear_modules, meta_model
+
+    base = meta_model(config)
+    linear = linear_modules(base)
+    for method in methods:
+        if others := sorted(lora_targets(base, method).keys() - linear.keys()):
+            yield f"method.targets: {others[0]} does not see the rows of a pass as a block's layers do"
 
 
 def _of_run(run: Run) -> Iterator[str]:

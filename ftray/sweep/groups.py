@@ -63,13 +63,14 @@ class Groups:
         try:
             while True:
                 self._fill()
-                busy = {ref: group for group in self.groups for ref in group.asked[:1]}
-                if not busy:
+                asked = [ref for group in self.groups for ref in group.asked]
+                if not asked:
                     return
-                ready, _ = ray.wait(list(busy), timeout=ASK_S)
+                ready, _ = ray.wait(asked, timeout=ASK_S)  # one is enough: the others answer too, or one has died
                 self.drive.lease.check()
-                for ref in ready:
-                    self._take(busy[ref])
+                for group in self.groups:
+                    if any(ref in ready for ref in group.asked):
+                        self._take(group)
         finally:
             for group in self.groups:
                 _remove(group)

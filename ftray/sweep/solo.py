@@ -146,13 +146,16 @@ class Solo(Worker):
             return super()._base()  # DeepSpeed and bitsandbytes change the weights' own tensors; a feature head is new
         return self._copied(alone=_leaves_base_alone(self.run.method))
 
-    def _copied(self, *, alone: bool):
-        """New modules over the process's base, which is loaded once; `alone`: over the same weights too."""
+    def _copied(self, *, alone: bool, resident: bool = False):
+        """New modules over the process's base, loaded once; `alone`: over the same weights too, which, if `resident`,
+        stay on the device."""
         model, layout, bits = self.run.model.model_dump(), self.layout, getattr(self.run.method, "bits", None)
         key = json.dumps([model, layout.dtype, layout.attention, bits], sort_keys=True)
         if key not in self.bench.bases:
             self.bench.bases.clear()  # one base at a time: two may not fit
             self.bench.bases[key] = super()._base()
+            if resident and not bits:
+                self.bench.bases[key][0].to(self.device)
         base, tokenizer = self.bench.bases[key]
         return copy.deepcopy(base, _shared(base) if alone else {}), tokenizer
 
@@ -170,7 +173,7 @@ class Banked(Solo):
     """
 
     def _base(self):
-        return self._copied(alone=True)
+        return self._copied(alone=True, resident=True)
 
     def _engine(self, whole):
         from ftray.train.plain_engine import PlainEngine
@@ -179,9 +182,7 @@ class Banked(Solo):
 
     def base_for_all(self):
         """The base once more, for the pass that trials share."""
-        base, _ = self._copied(alone=True)
-        if not getattr(self.run.method, "bits", None):
-            base.to(self.device)
+        base, _ = self._base()
         if self.layout.gradient_checkpointing:
             base.enable_input_require_grads()
             base.gradient_checkpointing_enable({"use_reentrant": False})

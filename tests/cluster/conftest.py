@@ -25,7 +25,7 @@ def cluster():
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray spells it so
     # A lost node is noticed in seconds here; Ray's own limits are for wide networks.
     quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
     made = Cluster(

@@ -65,6 +65,8 @@ def test_lora_trials_that_differ_in_what_is_their_own_share_one_group(planned):
         ({"method.dora": [True]}, {}, {}, "method.dora reads the base's weights anew"),
         ({"method.init": ["default", "pissa"]}, {}, {}, "method.init: pissa changes the base"),
         ({"method.modules_to_save": [["norm"]]}, {}, {}, "method.modules_to_save learns weights of the base"),
+        ({"method.targets": ["auto", ["q_proj", "lm_head"]]}, {}, {}, "method.targets: lm_head does not see the rows"),
+        ({"method.targets": [["embed_tokens"]]}, {}, {}, "method.targets: model.embed_tokens does not see the rows"),
         (RANKS, {"scale": {"zero": 2}}, {}, "scale.zero and scale.offload"),
         (
             {"method.dropout": [0.0, 0.1]},
