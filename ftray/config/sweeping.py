@@ -140,7 +140,7 @@ class Sweep(Section):
     trials: int | None = Field(None, ge=1, description="how many; none: all combinations of a grid, else 10")
     parallel: int | None = Field(None, ge=1, description="trials at a time; none: as many as fit")
     fuse: Literal["auto", "off"] = Field(
-        "auto", description="auto: LoRA trials over one base, data and batch train in one pass, where all of them can"
+        "off", description="auto: LoRA trials over one base, data and batch train in one pass, where all of them can"
     )
     seed: int = Field(42, ge=0, lt=2**32, description="of what is drawn")
     metric: str = Field("loss", description="what counts: a metric of the held-out rows, e.g. loss or exact_match")

@@ -120,7 +120,7 @@ class Mix:
         """
         if isinstance(value, tuple | list):
             return type(value)(self.few_of(one) for one in value)
-        if not isinstance(value, torch.Tensor) or not value.dim():
+        if not isinstance(value, torch.Tensor) or value.dim() < 1 + (not self.packed):
             return value
         dim = 1 if self.packed and value.dim() > 1 else 0
         if value.shape[dim] == self.size // self.width:

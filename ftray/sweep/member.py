@@ -140,7 +140,7 @@ class Member:
         """One step of these trials; what failed."""
         workers = list(stepping.values())
         began = time.monotonic()
-        with workers[0]._watched() as watchdog:
+        with workers[0].watched() as watchdog:
             for worker in workers:
                 worker.watchdog = watchdog
             problems = self.group.step(workers, [worker.at for worker in workers])

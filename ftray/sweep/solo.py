@@ -180,6 +180,10 @@ class Banked(Solo):
 
         return PlainEngine(whole, named=self.named, layout=self.layout, optim=self.run.optim, lr=self.schedule.lr)
 
+    def watched(self):
+        """The watchdog of a step that this trial makes with others."""
+        return self._watched()
+
     def base_for_all(self):
         """The base once more, for the pass that trials share."""
         base, _ = self._base()

@@ -27,7 +27,7 @@ def driver_of(cluster, path):
     return subprocess.Popen([sys.executable, "-m", "ftray.cli", "sweep", str(path), "--json"], env=environment)
 
 
-def until(what, driver, timeout_s=240):
+def until(what, driver, timeout_s=900):
     end = time.monotonic() + timeout_s
     while not what():
         assert driver.poll() is None, "the driver ended"

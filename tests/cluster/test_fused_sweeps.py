@@ -89,7 +89,7 @@ def test_trials_go_on_when_their_process_and_then_their_driver_is_killed(cluster
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert folder.outcome() is None
-    assert driver_of(cluster, path).wait(timeout=600) == 0
+    assert driver_of(cluster, path).wait(timeout=1800) == 0
     assert same(table_of(folder), alone)
     assert len({pid for pid, _ in started(folder)}) == 3
 

@@ -115,7 +115,7 @@ def test_after_the_death_of_driver_and_node_the_table_is_that_of_an_undisturbed_
     driver = driver_of(cluster, path)
     until(lambda: len(folder.numbers()) > len(ended) + 1, driver)
     cluster.remove_node(node, allow_graceful=False)
-    assert driver.wait(timeout=300) == 0
+    assert driver.wait(timeout=1800) == 0
     assert all(folder.ended(number) == end for number, end in ended.items()), "nothing that ended is done again"
     assert table_of(folder) == table_of(folder_of(sweep_file("calm", **keys, seed=5)))
     assert folder.outcome()["best"] == undisturbed.best

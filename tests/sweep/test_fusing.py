@@ -31,7 +31,7 @@ def planned(root):
         merged = {"storage": root, **RUN}
         for section, values in (run or {}).items():
             merged[section] = {**merged.get(section, {}), **values} if isinstance(values, dict) else values
-        asked = sweep(space, run=merged, **{"trials": 8, **keys})
+        asked = sweep(space, run=merged, **{"trials": 8, "fuse": "auto", **keys})
         planner = Planner(asked, Storage(root), nodes or [Node("here", cpus=2, ram_bytes=24 * GIB)])
         planner.check()
         return planner
@@ -90,7 +90,8 @@ def test_trials_that_cannot_are_trained_alone_and_the_reason_is_told(planned, sp
     assert planner.alone.startswith(reason)
 
 
-def test_fuse_off_is_the_ordinary_sweep_without_a_word(planned):
+def test_a_sweep_that_does_not_ask_is_the_ordinary_one_without_a_word(planned):
+    assert sweep(RANKS).fuse == "off"
     planner = planned(fuse="off")
     assert planner.fusing is None
     assert planner.lines() == []
