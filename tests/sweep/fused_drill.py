@@ -18,7 +18,7 @@ class Variant:
     """Trials, and how they are trained. Steps are those of the whole group.
 
     `run`: dotted keys of the run; `enters`: the step at which a trial comes; `leaves`: the step of its own after which
-    it goes; `stops`: the group ends after so many steps; `store`: another variant's storage, which this one resumes.
+    it goes; `stops`: the group ends after so many steps; `store`: the variant that this one resumes.
     """
 
     name: str
@@ -84,7 +84,7 @@ def drill(folder, variants, *, workers=1):
         )
         for rank in range(workers)
     ]
-    told = [process.communicate(timeout=1500)[0] for process in started]
+    told = [process.communicate(timeout=3600)[0] for process in started]
     for process, text in zip(started, told, strict=True):
         assert process.returncode == 0, text[-4000:]
     found = {}
@@ -140,7 +140,7 @@ def planned(folder, workers, rank, variant):
     from ftray.sweep.records import SweepFolder
     from ftray.train.layout import Node
 
-    storage = Storage(str(folder / "store" / (variant.store or variant.name)))
+    storage = Storage(str(folder / "store"))
     run = {
         "name": "demo",
         "storage": storage.root,
@@ -160,7 +160,7 @@ def planned(folder, workers, rank, variant):
     for turn in range(2):
         if (turn == 0) == (rank == 0):
             planner = Planner(sweep, storage, [Node("here", cpus=float(workers))])
-            sweeping = SweepFolder(storage, "demo-sweep")
+            sweeping = SweepFolder(storage, variant.store or variant.name)
             if rank == 0:
                 sweeping.begin({}, fresh=variant.store is None)
             for number, values in enumerate(variant.trials):
