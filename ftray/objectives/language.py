@@ -144,20 +144,19 @@ def _nats(logits_NV: torch.Tensor, batch: Batch, *, label_smoothing: float) -> t
 def stacked(batches: Sequence[Batch]) -> Batch:
     """Batches one after the other, as one; padded ones to the longest of all. Positions that are trained keep order."""
     one = batches[0]
-    joined = {
+    joined: dict[str, Any] = {
         "targets": torch.cat([batch.targets for batch in batches]),
         "lengths": tuple(length for batch in batches for length in batch.lengths),
         "rows": tuple(row for batch in batches for row in batch.rows),
     }
     if one.position_ids is not None:
-        names = ("input_ids", "predicts", "position_ids")
-        return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches], 1) for name in names}, **joined)
+        for name in ("input_ids", "predicts", "position_ids"):
+            joined[name] = torch.cat([getattr(batch, name) for batch in batches], 1)
+        return Batch(**joined)
     width = max(batch.input_ids.shape[1] for batch in batches)
-    wide = {
-        name: torch.cat([F.pad(getattr(b, name), (0, width - b.input_ids.shape[1])) for b in batches])
-        for name in ("input_ids", "predicts")
-    }
-    return Batch(**wide, position_ids=None, **joined)
+    for name in ("input_ids", "predicts"):
+        joined[name] = torch.cat([F.pad(getattr(b, name), (0, width - b.input_ids.shape[1])) for b in batches])
+    return Batch(position_ids=None, **joined)
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def fit(sweep: Sweep, planned: Sequence[Planned], nodes: Sequence[Node], *, room
     largest = max(planned, key=lambda one: one.parameters)
     run, layout, shape = largest.run, largest.checked.layout, largest.known.shape
     each = largest.parameters * (4 + 4 + int(memory.ADAM[run.optim.optimizer]))
-    given = {"method": run.method, "optimizer": run.optim.optimizer, "max_length": run.data.max_length}
+    given: dict[str, Any] = {"method": run.method, "optimizer": run.optim.optimizer, "max_length": run.data.max_length}
     one = memory.predict(shape, layout=layout, **given).total
     have = plan.device_bytes(layout, nodes)
     groups = max(1, min(room, sweep.count // FEWEST))

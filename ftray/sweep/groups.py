@@ -52,6 +52,7 @@ def run(drive: Drive) -> None:
 
 class Groups:
     def __init__(self, drive: Drive):
+        assert drive.planner.fusing is not None
         self.drive, self.fusing = drive, drive.planner.fusing
         self.judge = _Judge(drive)
         self.names = (f"trial-{number}" for number in itertools.count())
@@ -163,7 +164,7 @@ class Groups:
         self.groups[number] = anew = self._place()
         for one, told in group.live.items():
             anew.live[one] = told
-            task = self.drive.task(one, judge=group.judging and group.judging.judge)
+            task = self.drive.task(one, judge=group.judging.judge if group.judging else None)
             if task.judge:
                 anew.judging = task
             else:
@@ -184,7 +185,8 @@ class Groups:
         there = PlacementGroupSchedulingStrategy(placed)
         options = {"num_cpus": planner.cpus, "num_gpus": planner.gpus, "scheduling_strategy": there}
         given = {"tokens": self.fusing.tokens, "takes_bitsandbytes": planner.takes_bitsandbytes}
-        members = [ray.remote(Member).options(**options).remote(rank, **given) for rank in range(planner.workers)]
+        actor: Any = ray.remote(Member)
+        members = [actor.options(**options).remote(rank, **given) for rank in range(planner.workers)]
         group = _Group(members, placed)
         if len(members) > 1:
             try:

@@ -18,7 +18,7 @@ from ftray.data.tagged import kind_of
 from ftray.errors import ConfigError, ModelError
 from ftray.evaluate.compare import METRICS
 from ftray.store.paths import Storage
-from ftray.sweep import fusing
+from ftray.sweep import fusing as sharing
 from ftray.sweep.records import Record, SweepFolder, sign_of
 from ftray.sweep.task import Task
 from ftray.train import memory, resolve
@@ -57,7 +57,7 @@ class Planner:
     sweep: Sweep
     storage: Storage
     nodes: Sequence[Node]
-    fusing: fusing.Fusing | None = None
+    fusing: sharing.Fusing | None = None
     alone: str | None = None
     """Why no trials share passes, where they might."""
     _known: dict[str, Known] = field(default_factory=dict)
@@ -145,10 +145,10 @@ class Planner:
         cpus = sum(node.cpus for node in self.nodes)
         seats = resolve.seats(self.nodes, self.gpus, self.cpus if self._fixed_cpus else 1.0)
         if not self.gpus and not self._fixed_cpus:
-            seats = int(cpus // fusing.GROUP_CPUS)
-        found = fusing.why_not(self.sweep, planned, config)
+            seats = int(cpus // sharing.GROUP_CPUS)
+        found: sharing.Fusing | str | None = sharing.why_not(self.sweep, planned, config)
         if found is None:
-            found = fusing.fit(self.sweep, planned, self.nodes, room=seats // self.workers)
+            found = sharing.fit(self.sweep, planned, self.nodes, room=seats // self.workers)
         if isinstance(found, str):
             self.alone = found
             return

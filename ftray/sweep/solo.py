@@ -203,7 +203,7 @@ def open_trial(job: Job, bench: Bench, *, metric: str, whole: bool = False, kind
 
 def judge(job: Job, bench: Bench, *, version_key: str | None) -> None:
     """Score the base and a version's files, as `ftray evaluate` does, and leave both in the run's folder."""
-    worker = open_trial(replace(job, version_key=version_key), bench, metric="loss")
+    worker: Solo = open_trial(replace(job, version_key=version_key), bench, metric="loss")
     worker.sinks = []
     try:
         worker.evaluate(version_key)

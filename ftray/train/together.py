@@ -188,7 +188,8 @@ def _rows(adapter: Adapter, batch: Batch, width: int) -> Rows:
     """A batch's tokens; a packed one is rows of one token, as far as adapters are concerned."""
     if batch.position_ids is not None:
         return Rows(adapter, batch.input_ids.shape[1], 1, 1, len(batch.lengths), _same(batch))
-    return Rows(adapter, *batch.input_ids.shape, width, len(batch.lengths), _same(batch))
+    rows, length = batch.input_ids.shape
+    return Rows(adapter, rows, length, width, len(batch.lengths), _same(batch))
 
 
 def _widths(trials: int) -> list[int]:
