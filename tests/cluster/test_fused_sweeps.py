@@ -64,7 +64,7 @@ def test_the_table_is_that_of_trials_alone_and_all_ran_in_one_process(cluster, f
 
 
 def test_a_trial_that_is_no_number_or_is_stopped_leaves_alone_and_others_take_its_seat(cluster, fused_file):
-    space = {"optim.lr": [1e-4, 1e-2, 1e30], "method.rank": [2, 4]}
+    space = {"optim.lr": [1e-2, 1e-4, 1e30], "method.rank": [2, 4]}
     path = fused_file("leaving", space=space, search={"kind": "grid"}, stopping={"kind": "asha", "reduction": 2})
     rows = swept(path).trials
     by_status = {}

@@ -3,8 +3,9 @@
 import pytest
 from fused_drill import Variant, apart, drill, write_base
 
-# Sums run over the same numbers in another order: a stack's products instead of each trial's.
-LOSS, WEIGHT = 2e-5, 1e-4
+# Sums run over the same numbers in another order: a stack's products instead of each trial's. Seen: 1e-6, and 1e-5 in
+# weights packed alike; AdamW blows small gradients up, so that it is 1e-4 where one is packed and the other padded.
+LOSS, WEIGHT = 5e-6, 5e-4
 
 FOUR = [
     {"method": {"kind": "lora", "rank": 4}, "optim": {"steps": 5, "batch_size": 6, "lr": 5e-3}, "seed": 1},
@@ -134,6 +135,6 @@ def test_blocks_below_the_first_adapted_layer_are_shared_without_a_trace(trained
 
 
 def test_bases_in_16_and_4_bits_are_shared_too(trained):
-    # bf16 keeps 8 bits: PEFT rounds the update once more than a shared pass does
-    same(trained, "bf16-alone", "bf16", [0, 1], loss=2e-2, weight=2e-2)
+    # bf16 keeps 8 bits, and PEFT rounds the update once more than a shared pass does; seen: 1e-3 and 2e-2
+    same(trained, "bf16-alone", "bf16", [0, 1], loss=5e-3, weight=5e-2)
     same(trained, "nf4-alone", "nf4", [0, 1])
