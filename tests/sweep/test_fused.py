@@ -124,9 +124,9 @@ def test_trials_resume_from_their_own_checkpoints_as_if_undisturbed(trained):
 
 
 def test_two_workers_give_what_one_gives_and_what_zero_2_gives(trained):
-    same(trained, "two-alone", "two", [0, 2, 3])
-    same(trained, "alone", "two", [0, 2, 3])
-    same(trained, "alone", "two-padded", [2, 3])
+    same(trained, "two-alone", "two")
+    same(trained, "alone", "two", [0, 2, 3], weight=2e-3)  # trial 1 drops by other masks on other workers
+    same(trained, "alone", "two-padded", [2, 3], weight=2e-3)
 
 
 @pytest.mark.parametrize("name", ["upper", "upper-padded"])
