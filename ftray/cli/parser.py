@@ -119,12 +119,15 @@ def _sweep(commands: argparse._SubParsersAction) -> None:
         "sweep",
         sweeping.sweep,
         "try values of any keys of a run, and register the best",
-        "ftray sweep sweep.yaml\nftray sweep sweep.yaml trials=30 budget.hours=2\nftray sweep sweep.yaml --fresh",
+        "ftray sweep sweep.yaml --check\n"
+        "ftray sweep sweep.yaml trials=30 budget.hours=2\n"
+        "ftray sweep sweep.yaml --fresh",
         "The same command after a crash of anything goes on: trials that ended are kept, the others resume.\n\n"
         "Any key of the sweep file can be set with a dotted override: trials=30   'search={kind: tpe}'",
     )
     command.set_defaults(resumes=True)
     run_file(command, "the sweep file")
+    command.add_argument("--check", action="store_true", help="say what it would take, and start nothing")
     command.add_argument("--fresh", action="store_true", help="start over: delete what an earlier start left")
     as_json(command)
 

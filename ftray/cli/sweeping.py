@@ -11,8 +11,13 @@ def sweep(arguments: argparse.Namespace) -> int:
     from ftray.config.load import load_sweep
 
     asked = load_sweep(arguments.file, arguments.overrides)
+    from ftray.sweep.engine import check
     from ftray.sweep.engine import sweep as search
 
+    if arguments.check:
+        forecast = check(asked)
+        print(show.as_json(forecast.to_json()) if arguments.json else "\n".join(forecast.lines()))
+        return 0 if forecast.ok else 2
     outcome = search(asked, fresh=arguments.fresh, as_json=arguments.json)
     if arguments.json:
         print(show.as_json(outcome))

@@ -37,7 +37,7 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
 
 
 OTHER_FILES = {
-    "space": "this is a sweep file, which `ftray sweep {file}` checks before it starts anything",
+    "space": "this is a sweep file, which `ftray sweep {file} --check` checks",
     "http": "this is a serve file, which `ftray serve {file} --check` checks",
     "adapters": "this is a serve file, which `ftray serve {file} --check` checks",
 }

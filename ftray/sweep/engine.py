@@ -18,6 +18,7 @@ from ftray.evaluate.tasks import check_benchmarks
 from ftray.store.lease import Lease
 from ftray.store.paths import Storage
 from ftray.sweep import result
+from ftray.sweep.forecast import Forecast
 from ftray.sweep.planning import Planner, check_answers, check_metric, largest
 from ftray.sweep.records import DONE, FAILED, STOPPED, End, Record, SweepFolder, sign_of
 from ftray.sweep.search import open_search
@@ -60,11 +61,7 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
     """Search to the end, or go on where it stopped. Raises FtrayError for what the user can fix."""
     with cluster.quiet():
         began = time.monotonic()
-        check_metric(asked)
-        check_gate(asked.run.evaluate.rules)
-        check_benchmarks(asked.run)
-        storage = Storage(asked.run.storage)
-        storage.probe()
+        storage = _storage(asked)
         folder = SweepFolder(storage, asked.name)
         with folder.lease() as lease:
             asked = _based(asked, folder, fresh=fresh)
@@ -77,18 +74,44 @@ def sweep(asked: Sweep, *, fresh: bool = False, as_json: bool = False) -> Outcom
             ray_ready()
             nodes = _nodes(asked, silent=as_json)
             cluster.check_storage(storage)
-            check_answers(asked, known.data)
-            planner = Planner(asked, storage, nodes)
-            planner.remember(asked.run, known)
-            planner.check()
+            planner = _planner(asked, storage, nodes, known)
             resumed = not fresh and folder.resolved() is not None
             folder.begin(asked.model_dump(mode="json"), fresh=fresh)
-            with Board(asked, planner.parallel, silent=as_json) as board:
-                for line in planner.lines():
+            with Board(asked, silent=as_json) as board:
+                for line in Forecast.of(planner).lines():
                     board.say(line)
                 drive = Drive(asked, folder, planner, lease, board)
                 drive.run()
             return _conclude(asked, folder, planner, began=began, resumed=resumed)
+
+
+def check(asked: Sweep) -> Forecast:
+    """The same checks, and what the sweep would take, on the cluster that `scale.address` or RAY_ADDRESS names, else on
+    this machine. Nothing is started. Raises FtrayError for what the user can fix."""
+    with cluster.quiet():
+        storage = _storage(asked)
+        asked = _based(asked, SweepFolder(storage, asked.name), fresh=False)
+        known = Known.of(asked.run, storage)
+        nodes = room.nodes_in_sight(asked.run.scale.model_copy(update={"workers": largest(asked)}), storage)
+        return Forecast.of(_planner(asked, storage, nodes, known))
+
+
+def _storage(asked: Sweep) -> Storage:
+    check_metric(asked)
+    check_gate(asked.run.evaluate.rules)
+    check_benchmarks(asked.run)
+    storage = Storage(asked.run.storage)
+    storage.probe()
+    return storage
+
+
+def _planner(asked: Sweep, storage: Storage, nodes: list[Node], known: Known) -> Planner:
+    """Every trial's plan, checked."""
+    check_answers(asked, known.data)
+    planner = Planner(asked, storage, nodes)
+    planner.remember(asked.run, known)
+    planner.check()
+    return planner
 
 
 def _nodes(asked: Sweep, *, silent: bool) -> list[Node]:

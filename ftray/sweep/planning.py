@@ -60,6 +60,8 @@ class Planner:
     fusing: sharing.Fusing | None = None
     alone: str | None = None
     """Why no trials share passes, where they might."""
+    corners: list[Planned] = field(default_factory=list)
+    """The trials at the corners of the space, once checked."""
     _known: dict[str, Known] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class Planner:
         self.parallel = max(1, min(self.sweep.parallel or seats, seats // workers, self.sweep.count))
         all_at_once = self.sweep.run.scale.model_copy(update={"workers": workers * self.parallel})
         self.gpus, self.cpus = resolve.place(all_at_once, self.nodes)
+        self.beside = self.parallel  # with what each has then, as the times of trials are reckoned
 
     @property
     def workers(self) -> int:
@@ -78,8 +81,8 @@ class Planner:
         """GPUs that so many trials hold."""
         return self.gpus * self.workers * (min(live, self.fusing.groups) if self.fusing else live)
 
-    def lines(self) -> list[str]:
-        """How trials share the cluster, for the terminal."""
+    def notes(self) -> list[str]:
+        """How trials share the cluster, where that was asked for."""
         if self.fusing is not None:
             return [self.fusing.line(workers=self.workers, cpus=self.cpus, gpus=self.gpus)]
         return [f"each trial alone: {self.alone}"] if self.alone else []
@@ -121,7 +124,6 @@ class Planner:
         from ftray.models.load import load_config
 
         problems: dict[str, str] = {}
-        every: list[Planned] = []
         for values in corners(self.sweep):
             try:
                 run = chain.here(run_of(self.sweep, values), self.storage)
@@ -132,13 +134,16 @@ class Planner:
                 where = next((one for one in values if key.startswith(one)), next(iter(values), "run"))
                 problems.setdefault(f"space.{where}", f"with {values}: {text or key}")
                 continue
-            every.append(planned)
-        times = [planned.checked.plan.seconds for planned in every if planned.checked.plan.seconds]
-        problems |= self._budget_problems(min(times, default=0.0))
+            self.corners.append(planned)
+        problems |= self._budget_problems(min(self.times(), default=0.0))
         if problems:
             raise ConfigError(self.sweep.name, list(problems.items()))
         if self.sweep.fuse == "auto":
-            self._fuse(every, load_config(chain.here(self.sweep.run, self.storage).model))
+            self._fuse(self.corners, load_config(chain.here(self.sweep.run, self.storage).model))
+
+    def times(self) -> list[float]:
+        """Seconds of training, of the trials whose time is known."""
+        return [one.checked.plan.seconds for one in self.corners if one.checked.plan.seconds]
 
     def _fuse(self, planned: Sequence[Planned], config: Any) -> None:
         """Let trials share passes, where all can."""

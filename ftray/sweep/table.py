@@ -16,8 +16,8 @@ STYLES = {DONE: "", STOPPED: "dim", FAILED: "red", "running": "cyan", "waiting":
 
 
 class Board:
-    def __init__(self, sweep: Sweep, parallel: int, *, silent: bool = False):
-        self.sweep, self.parallel, self.silent = sweep, parallel, silent
+    def __init__(self, sweep: Sweep, *, silent: bool = False):
+        self.sweep, self.silent = sweep, silent
         self.terminal = sys.stderr.isatty() and not silent
         self.seen: dict[int, str] = {}
         self._live: Any = None
@@ -29,7 +29,6 @@ class Board:
 
             self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=False)
             self._live.start()
-        self.say(f"sweep {self.sweep.name}: {self.sweep.count} trials, {self.parallel} at a time")
         return self
 
     def __exit__(self, *exc: object) -> None:

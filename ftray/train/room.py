@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 from ftray.config.schema import Scale
 from ftray.errors import ClusterError
+from ftray.ray_cluster import connect
+from ftray.store.paths import Storage
 from ftray.train import cluster, resolve
 from ftray.train.layout import Node
 
@@ -44,6 +47,16 @@ def nodes_for(scale: Scale, *, silent: bool, wait_s: float = WAIT_S) -> list[Nod
     )
 
 
+def nodes_in_sight(scale: Scale, storage: Storage) -> list[Node]:
+    """For a plan that starts nothing: those of the cluster that `address` or RAY_ADDRESS names, else this machine."""
+    if not scale.address and not os.environ.get("RAY_ADDRESS"):
+        return cluster.this_machine()
+    connect(scale.address)
+    found = nodes_here(scale)
+    cluster.check_storage(storage)
+    return found
+
+
 def nodes_here(scale: Scale) -> list[Node]:
     """The cluster's nodes, none asked for. ClusterError where they have no room, and whether others may come."""
     found = cluster.nodes()
@@ -52,7 +65,7 @@ def nodes_here(scale: Scale) -> list[Node]:
     except ClusterError as error:
         if not grows():
             raise
-        raise ClusterError(f"{error}. `ftray train` asks its autoscaler for more, `ftray check` does not") from None
+        raise ClusterError(f"{error}. Its start asks the autoscaler for more, a check does not") from None
     return found
 
 

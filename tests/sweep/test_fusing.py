@@ -52,7 +52,7 @@ def test_lora_trials_that_differ_in_what_is_their_own_share_one_group(planned):
     planner = planned(space, run={"scale": {"workers": 2}})
     assert planner.alone is None
     assert (planner.fusing.groups, planner.fusing.seats, planner.parallel) == (1, 8, 8)
-    assert "8 trials at a time over one base in one worker group (2 workers with 1 CPU)" in planner.lines()[0]
+    assert "8 trials at a time over one base in one worker group (2 workers with 1 CPU)" in planner.notes()[0]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_lora_trials_that_differ_in_what_is_their_own_share_one_group(planned):
 def test_trials_that_cannot_are_trained_alone_and_the_reason_is_told(planned, space, run, keys, reason):
     planner = planned(space, run=run, **keys)
     assert planner.fusing is None
-    assert planner.lines() == [f"each trial alone: {planner.alone}"]
+    assert planner.notes() == [f"each trial alone: {planner.alone}"]
     assert planner.alone.startswith(reason)
 
 
@@ -94,7 +94,7 @@ def test_a_sweep_that_does_not_ask_is_the_ordinary_one_without_a_word(planned):
     assert sweep(RANKS).fuse == "off"
     planner = planned(fuse="off")
     assert planner.fusing is None
-    assert planner.lines() == []
+    assert planner.notes() == []
 
 
 def test_a_base_with_dropout_or_experts_of_its_own_is_left_alone(planned):
