@@ -51,6 +51,7 @@ ONE = [
     fused("accumulated", FOUR, run=CUT),
     Variant("padded-accumulated-alone", FOUR, run=CUT | PADDED),
     fused("padded-accumulated", FOUR, run=CUT | PADDED),
+    Variant("left-alone", FOUR[:1], leaves={0: 3}),
     fused("changing", FOUR, enters={3: 3}, leaves={0: 3}),
     fused("failing", [*FOUR[:2], TOO_FAST, FOUR[3]]),
     fused("interrupted", FOUR, stops=3, checkpoint_every=2, enters={1: 1}),
