@@ -37,9 +37,9 @@ class Course:
         return self.task.result(row, replayed=bool(self.recorded))
 
     def goal(self, worker: Solo) -> int:
-        """The step of its next report."""
-        every = self.task.every
-        return min(worker.schedule.steps, max(self.told, worker.at) // every * every + every)
+        """The step of its next report; it may have been reached, where a process died before it told."""
+        every, told = self.task.every, self.told if self.task.replays else worker.at
+        return min(worker.schedule.steps, told // every * every + every)
 
     def reached(self, worker: Solo, scores: Mapping[str, float]) -> dict[str, Any]:
         """The result of a trial that came to a report, or to its end; it has failed where its score is no number."""
