@@ -109,14 +109,15 @@ def reader_servability(method: Method, *, encoder: bool) -> str:
     return "merge" if KINDS[method.kind].served == "merge" else "none"
 
 
-def default_lr(method: Method, parameters: int, *, head: bool = False) -> float:
+def default_lr(method: Method, parameters: int, *, head: bool = False, tags: bool = False) -> float:
     """Peak learning rate where the run says auto; `parameters` is the size of the base.
 
     Full rates fall with size as in the model reports (1e-3 at 5 M, 2e-5 from 1 B on); LoRA takes about ten times the
     full rate (LoRA Without Regret, Thinking Machines 2025), at most 2e-3. Smaller methods have a rate of their own.
 
     Under a `head`, which learns at the same rate, all are lower: full a third (1e-4 for a MiniLM of 23 M, 3e-5 for a
-    BERT of 110 M), LoRA five times the full rate above, at most 1e-3, and none more than 5e-3.
+    BERT of 110 M), LoRA five times the full rate above, at most 1e-3, and none more than 5e-3. Over `tags` of words,
+    most of which are no entity, LoRA takes that full rate itself: at three times of it a MiniLM calls every word so.
 
     A head alone over a frozen base takes 3e-3, with a hidden layer 1e-3: its vectors are of one size, whatever the
     base's is.
@@ -128,7 +129,7 @@ def default_lr(method: Method, parameters: int, *, head: bool = False) -> float:
     full = min(1e-3, max(2e-5, 1e-3 * math.sqrt(5e6 / max(parameters, 1)) ** 1.5))
     if head:
         rates = {"full": full / 3, "freeze": full}
-        return round(rates.get(method.kind, min(1e-3, 5 * full)), 7)
+        return round(rates.get(method.kind, full if tags else min(1e-3, 5 * full)), 7)
     if isinstance(method, Full):
         return round(full, 7)
     if isinstance(method, Freeze):

@@ -13,6 +13,7 @@ from typing import Any
 
 from ftray.config import load
 from ftray.config.methods import Feature, MultitaskPrompt
+from ftray.config.objectives import TokenClassification
 from ftray.config.schema import Run
 from ftray.data.order import epoch_rows
 from ftray.data.report import DataReport
@@ -188,7 +189,9 @@ def work_out(run: Run, known: Known, nodes: list[Node]) -> CheckResult:
         raise ConfigError(run.name, [("evaluate.lm_eval.tasks", told)])
     lr = run.optim.lr
     if lr == "auto":
-        lr = run.objective.pace * default_lr(run.method, known.shape.parameters, head=known.head is not None)
+        tags = isinstance(run.objective, TokenClassification)
+        usual = default_lr(run.method, known.shape.parameters, head=known.head is not None, tags=tags)
+        lr = run.objective.pace * usual
     store = known.data.train
     schedule = course(
         run.optim,

@@ -340,6 +340,7 @@ def test_the_encoder_engine_answers_as_the_trained_model_does(encoder, tmp_path)
 def test_rates_under_a_head_suit_small_encoders():
     mini, bert = 22_700_000, 110_000_000
     assert default_lr(Lora(), mini, head=True) == 1e-3
+    assert default_lr(Lora(), mini, head=True, tags=True) == pytest.approx(3e-4, rel=0.1)
     assert default_lr(Full(), mini, head=True) == pytest.approx(1e-4, rel=0.1)
     assert default_lr(Full(), bert, head=True) == pytest.approx(3e-5, rel=0.1)
     assert max(default_lr(method, mini, head=True) for method in EVERY) == 5e-3
