@@ -11,7 +11,7 @@ rows, as many steps of as many examples, and score each trial on the same held-o
              tokenises; two at a time with one core each
     ftray    `ftray sweep` with `fuse: off`, two trials at a time with one core each; the best version is registered and
              judged, which plain Tune does not do
-    fused    `ftray sweep` as it comes: all trials in one process over one base, with both cores
+    fused    the same with `fuse: auto`: all trials in one process over one base, with both cores
     one      `ftray sweep` of the first trial alone, whose memory the fused sweep is compared with
 
 Memory is the sum over all processes of a peer, Ray's own included, of what each holds and its share of what it shares
