@@ -12,7 +12,7 @@ from ftray.config.methods import Feature, Freeze, Full, Lora, Method, MultitaskP
 from ftray.errors import ModelError
 from ftray.models.adapters import KINDS, Setting, begin_prompt, unknown_tokens
 from ftray.models.heads import Head, add_head, begin_head, head_parameters, pool_where_texts_end
-from ftray.models.layers import adaptable, chosen, did_you_mean, is_called, leaves, short_names, sides
+from ftray.models.layers import adaptable, blocks, chosen, did_you_mean, is_called, leaves, short_names, sides
 from ftray.models.load import load_tokenizer, meta_model, origin
 
 
@@ -174,12 +174,9 @@ def _parameters_of(model: Any, modules: Iterable[Any]) -> set[str]:
 
 def _blocks(model: Any) -> tuple[str, int]:
     """Name and number of the model's blocks."""
-    import torch
-
     depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return name, depth
+    if (found := blocks(model)) is not None:
+        return found[0], depth
     raise ModelError(
         f"method.last_layers: {type(model).__name__} has no list of {depth} blocks; name patterns in train"
     )

@@ -140,3 +140,14 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
         return f"; did you mean {close[0]!r}?"
     shown = ", ".join(known[:12])
     return f"; there are {shown}{', ...' if len(known) > 12 else ''}"
+
+
+def blocks(model: Any) -> tuple[str, Sequence[Any]] | None:
+    """Name and blocks of the model, where they lie in a list."""
+    import torch
+
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return name, list(module)
+    return None

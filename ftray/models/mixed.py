@@ -12,7 +12,7 @@ Axes: N tokens of a pass, I inputs and O outputs of a layer, R an adapter's rank
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ftray.errors import ModelError
+from ftray.models.layers import blocks
 from ftray.models.load import linear_modules
 
 ADAPTER = "default"
@@ -144,8 +145,9 @@ class Mixed:
         self.mix: Mix | None = None
         self.layers: dict[str, MixedLinear] = {}
         self._linear = linear_modules(model)
-        for name, block in _blocks(model).items():
-            block.forward = functools.partial(self._block, f"{name}.", block.forward)
+        found, every = blocks(model) or ("", [])
+        for number, block in enumerate(every):
+            block.forward = functools.partial(self._block, f"{found}.{number}.", block.forward)
 
     def admit(self, adapter: Adapter) -> None:
         """Make the layers ready that an adapter has parts of. ModelError where one is no linear layer of the base."""
@@ -330,12 +332,3 @@ class _Over(torch.autograd.Function):
             to_x_NI = torch.zeros_like(x_NI) if ctx.needs_input_grad[1] else None
             found = _back_all(to_y_NO, to_x_NI, (x_NI, rest[:count], rest[count:]), ctx.uses)
         return to_y_NO, to_x_NI, None, *found
-
-
-def _blocks(model: Any) -> Mapping[str, Any]:
-    """The model's blocks by name, where they lie in a list."""
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return {f"{name}.{number}": block for number, block in enumerate(module)}
-    return {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftray.train.plan import human_bytes, human_seconds
+from ftray.train.plan import human_bytes, human_seconds, human_worker
 
 if TYPE_CHECKING:
     from ftray.sweep.planning import Planner
@@ -73,7 +73,7 @@ class Forecast:
         ]
 
     def _place(self) -> str:
-        each = f"{self.gpus:g} GPU" if self.gpus else f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}"
+        each = human_worker(cpus=self.cpus, gpus=self.gpus)
         return each if self.workers == 1 else f"{self.workers} workers with {each} each"
 
     def _each(self) -> str:

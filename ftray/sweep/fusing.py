@@ -40,8 +40,7 @@ class Fusing:
     def line(self, *, workers: int, cpus: float, gpus: float) -> str:
         """For the terminal."""
         group = "one worker group" if self.groups == 1 else f"each of {self.groups} worker groups"
-        each = f"{gpus:g} GPU" if gpus else f"{cpus:g} CPUs" if cpus != 1 else "1 CPU"
-        size = f"{workers} worker{'s' if workers > 1 else ''} with {each}"
+        size = f"{workers} worker{'s' if workers > 1 else ''} with {plan.human_worker(cpus=cpus, gpus=gpus)}"
         of = f" of {plan.human_bytes(self.room)}" if self.room else ""
         return (
             f"fused: {self.seats} trials at a time over one base in {group} ({size}), at most {self.tokens:,} tokens a "

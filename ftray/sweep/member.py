@@ -85,8 +85,7 @@ class Member:
         for number in list(self.workers):
             self._release(number)
         self.group = None
-        judge(task.job, self.bench, version_key=task.version_key if task.judge == "version" else None)
-        return News([{"number": task.number, "searching": False, "ended": "judged", "done": True}])
+        return News([judge(task, self.bench)])
 
     def _pace(self) -> dict[int, float] | None:
         if self.paced or self.group is None or not self.group.pace.settled(len(self.group.adapters)):

@@ -21,6 +21,7 @@ from ftray.config.schema import Feature, Lora, Run
 from ftray.evaluate.compare import Scores
 from ftray.store.paths import Storage
 from ftray.store.runs import RunFolder
+from ftray.sweep.task import Task
 from ftray.train.track import open_trackers
 from ftray.train.worker import Job, Worker
 
@@ -58,7 +59,7 @@ class Solo(Worker):
         super().__init__(job, run, folder, time.monotonic())
 
     def begin(self) -> None:
-        with self._watched() as self.watchdog:
+        with self.watched() as self.watchdog:
             self._build()
             self.at = self._resume()
         named = self.run.model_copy(update={"name": self.folder.name.replace(".", "-")})
@@ -67,7 +68,7 @@ class Solo(Worker):
 
     def advance(self, step: int) -> None:
         """Train until `step` updates are done."""
-        with self._watched() as self.watchdog:
+        with self.watched() as self.watchdog:
             while self.at < step:
                 self._step(self.at)
                 self.at += 1
@@ -76,14 +77,14 @@ class Solo(Worker):
 
     def measure(self) -> dict[str, float]:
         """The scores of the held-out rows that the sweep's metric needs, by name."""
-        with self._watched() as self.watchdog:
+        with self.watched() as self.watchdog:
             own = self.metric in self.run.objective.reports
             scores = Scores.of(self.meter.quick()) if own else self.meter.full().scores
         return self._scored(scores)
 
     def finish(self) -> dict[str, float]:
         """Write the version's files, read them back, and score what was read."""
-        with self._watched() as self.watchdog:
+        with self.watched() as self.watchdog:
             output = self._write_output()
             self._read_back(output)
             if self.whole:
@@ -172,17 +173,12 @@ class Banked(Solo):
     `watchdog` is the group's. Everything but the steps is each trial's own.
     """
 
+    @property
+    def _steps_plainly(self) -> bool:
+        return True
+
     def _base(self):
         return self._copied(alone=True, resident=True)
-
-    def _engine(self, whole):
-        from ftray.train.plain_engine import PlainEngine
-
-        return PlainEngine(whole, named=self.named, layout=self.layout, optim=self.run.optim, lr=self.schedule.lr)
-
-    def watched(self):
-        """The watchdog of a step that this trial makes with others."""
-        return self._watched()
 
     def base_for_all(self):
         """The base once more, for the pass that trials share."""
@@ -201,14 +197,16 @@ def open_trial(job: Job, bench: Bench, *, metric: str, whole: bool = False, kind
     return kind(job, run, folder, bench, metric=metric, whole=whole)
 
 
-def judge(job: Job, bench: Bench, *, version_key: str | None) -> None:
-    """Score the base and a version's files, as `ftray evaluate` does, and leave both in the run's folder."""
-    worker: Solo = open_trial(replace(job, version_key=version_key), bench, metric="loss")
+def judge(task: Task, bench: Bench) -> dict[str, Any]:
+    """Score the base, and the trial's version if asked, as `ftray evaluate` does; scores go to the run's folder."""
+    version_key = task.version_key if task.judge == "version" else None
+    worker: Solo = open_trial(replace(task.job, version_key=version_key), bench, metric="loss")
     worker.sinks = []
     try:
         worker.evaluate(version_key)
     finally:
         worker.close()
+    return {"number": task.number, "searching": False, "ended": "judged", "done": True}
 
 
 def _leaves_base_alone(method: Any) -> bool:

@@ -142,8 +142,7 @@ class Seat(tune.Trainable):
     def _judge(self) -> dict[str, Any]:
         from ftray.sweep.solo import judge
 
-        judge(self.task.job, self.bench, version_key=self.task.version_key if self.task.judge == "version" else None)
-        return {"number": self.task.number, "searching": False, "ended": "judged", "done": True}
+        return judge(self.task, self.bench)
 
     def _micro(self) -> Any:
         key = f"{self.task.folder.key}/micro.json"

@@ -155,6 +155,11 @@ def human_bytes(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
+def human_worker(*, cpus: float, gpus: float) -> str:
+    """What one worker holds: 1 CPU, 2 CPUs; with GPUs, 0.5 GPU."""
+    return f"{gpus:g} GPU" if gpus else f"{cpus:g} CPU{'s' if cpus != 1 else ''}"
+
+
 def human_seconds(seconds: float) -> str:
     """45 s, 12 min, 3 h 20 min, 2 d 4 h."""
     if seconds < 90:

@@ -114,7 +114,7 @@ class Worker:
         )
 
     def train(self) -> None:
-        with self._watched() as self.watchdog:
+        with self.watched() as self.watchdog:
             self._build()
             first = self._resume()
             self._before(first)
@@ -130,7 +130,7 @@ class Worker:
         """Score the base, and then a version's files read into it, but for what the run's folder has already."""
         from ftray.models import virtual
 
-        with self._watched() as self.watchdog:
+        with self.watched() as self.watchdog:
             self._build()
             if self._kept("before.json") is None:
                 self.log({"kind": "phase", "text": "scoring the base"})
@@ -256,14 +256,19 @@ class Worker:
         self.objective.begin(model, method=run.method, stores=stores, figures=self._figures)
 
     def _engine(self, whole):
-        """What steps `named`: DeepSpeed's engine, or a plain one where that would be most of the time."""
+        """What steps `named`."""
         from ftray.train.deepspeed import build_engine
         from ftray.train.plain_engine import PlainEngine
 
         built = {"named": self.named, "layout": self.layout, "optim": self.run.optim, "lr": self.schedule.lr}
-        if isinstance(self.run.method, Feature) and not self.layout.zero:
+        if self._steps_plainly:
             return PlainEngine(whole, **built)
         return build_engine(whole, **built, dtype=self.dtype)
+
+    @property
+    def _steps_plainly(self) -> bool:
+        """DeepSpeed's engine would be most of the time."""
+        return isinstance(self.run.method, Feature) and not self.layout.zero
 
     def _vectors(self, method: Feature):
         from ftray.train import features
@@ -566,7 +571,7 @@ class Worker:
             f"(now {self.schedule.lr_at(step):.3g}); the run resumes from the checkpoint before"
         )
 
-    def _watched(self):
+    def watched(self):
         from ftray.train.watch import Watchdog
 
         return Watchdog(self.run.scale.hang_timeout_s, self._hung, lambda: self.folder.verdict() is not None)

@@ -6,10 +6,11 @@ import socket
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from files_here import run_writer, sweep_writer
+
+from tests.small_base import write_small_base
 
 NODE_CPUS = 2
 
@@ -50,30 +51,7 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory):
-    """A Llama of two layers with the built-in tokenizer: steps take milliseconds."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    import ftray
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(ftray.__file__).parent / "models" / "tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    folder = tmp_path_factory.mktemp("base") / "small"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_small_base(tmp_path_factory.mktemp("base") / "small")
 
 
 @pytest.fixture(scope="session")

@@ -249,7 +249,7 @@ def _run(values: dict[str, Any], known: dict[str, Any], workers: int) -> list[di
             rows.append(row)
 
     worker = Alone(job, run, RunFolder(Storage(run.storage), run.name), time.monotonic())
-    with worker._watched() as worker.watchdog:
+    with worker.watched() as worker.watchdog:
         worker._build()
         first = worker._resume()
         worker._before(first)

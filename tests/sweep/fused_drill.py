@@ -43,32 +43,6 @@ class Trained:
     learnt: dict[str, Any]
 
 
-def write_base(folder):
-    """A Llama of two layers over the built-in tokenizer, with sizes that NF4 takes."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    import ftray
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(ftray.__file__).parent / "models" / "tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def drill(folder, variants, *, workers=1):
     """{(variant, trial): Trained}; runs the variants one after the other in one group of processes."""
     from safetensors.torch import load_file
