@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py               # eight trials of each peer, about 15 minutes on two cores
     python benchmarks/sweep.py --trials 16
+    python benchmarks/sweep.py --blocks 1    # adapters in the last of six blocks alone
     python benchmarks/sweep.py --quick       # a few steps of each: does it still work?
 
 All start from nothing, in a process of their own, and search the same grid of learning rates and ranks over the same
@@ -35,6 +36,7 @@ from memory import computed, held
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES, RANKS = (1e-3, 4e-3, 5e-4, 2e-3), (4, 8, 16, 32)
+BLOCKS = 6  # of the built-in model
 PEERS = ("tune", "ftray", "fused", "one")
 TARGETS = {("tune", "ftray"): 2.0, ("tune", "fused"): 3.0, ("ftray", "fused"): 1.5}
 MEMORY = 1.3  # of the fused sweep, over one trial's
@@ -53,8 +55,8 @@ def main() -> None:
         for number in range(args.rounds):
             for name in args.peers[:: 1 if number % 2 == 0 else -1]:
                 print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-                spec = {"steps": args.steps, "batch_size": args.batch_size, "trials": args.trials}
-                results[name].append(run_peer(name, Path(folder), **spec))
+                spec = {"steps": args.steps, "batch_size": args.batch_size, "blocks": args.blocks}
+                results[name].append(run_peer(name, Path(folder), trials=args.trials, spec=spec))
     report(results, as_json=args.json)
 
 
@@ -68,6 +70,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="updates of each trial")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per update")
     parser.add_argument("--trials", type=int, choices=(8, 16), default=8)
+    parser.add_argument(
+        "--blocks", type=int, choices=range(1, BLOCKS + 1), default=BLOCKS, help="adapted, from the last"
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -84,11 +89,11 @@ def prepare(folder: Path) -> None:
     shutil.copytree(ROOT / "ftray" / "models" / "tiny", folder / "base")
 
 
-def run_peer(name: str, folder: Path, *, steps: int, batch_size: int, trials: int) -> dict:
+def run_peer(name: str, folder: Path, *, trials: int, spec: dict) -> dict:
     """One peer in a process of its own, its memory watched from here."""
     work = folder / f"{name}-{time.time_ns()}"
     rates = RATES[: trials // len(RANKS)] if name != "one" else RATES[:1]
-    spec = {"name": name, "folder": str(folder), "work": str(work), "steps": steps, "batch_size": batch_size}
+    spec = {**spec, "name": name, "folder": str(folder), "work": str(work)}
     spec |= {"rates": rates, "ranks": RANKS if name != "one" else RANKS[-1:]}
     # RAY_ADDRESS would lead to a cluster that has other work.
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -140,6 +145,12 @@ def report(results: dict[str, list[dict]], *, as_json: bool) -> None:
 def peer(spec: dict) -> None:
     trials = plain_tune(spec) if spec["name"] == "tune" else ftray_sweep(spec)
     Path(spec["work"], "out.json").write_text(json.dumps(trials))
+
+
+def targets(blocks: int) -> list[str]:
+    """Every linear layer of the last so many blocks."""
+    layers = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    return [f"layers.{block}.{layer}" for block in range(BLOCKS - blocks, BLOCKS) for layer in layers]
 
 
 # ---------------------------------------------------------------------------------------------------------- plain tune
@@ -197,7 +208,7 @@ def trl_script(config: dict) -> None:
         report_to="none",
     )
     rank = config["rank"]
-    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets(spec["blocks"]))
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -238,6 +249,7 @@ def ftray_sweep(spec: dict) -> list[dict]:
                     "schedule": "linear",
                     "warmup": 0,
                 },
+                "method": {"kind": "lora", "targets": targets(spec["blocks"])},
                 "scale": {"address": "local"},
                 "evaluate": {"generate_rows": 0, "forgetting": False, "gate": []},
             },

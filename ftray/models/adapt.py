@@ -76,6 +76,13 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def is_adapted(model: Any) -> bool:
+    """Whether it is a base under a PEFT adapter, which can be switched off."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
 def check_method(model_config: Any, method: Method, tokenizer: Any = None, *, head: Head | None = None) -> None:
     """Checks a method against a base by its configuration alone, no weights read. ModelError names every problem."""
     _check(meta_model(model_config, head=head), method, tokenizer)

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import PeftModel
-from transformers import DynamicCache, PreTrainedModel
 
 from ftray.models import virtual
+from ftray.models.adapt import is_adapted, unwrap
 from ftray.models.attention import NAME as PACKED_ATTENTION
 from ftray.models.load import cache_shape
 from ftray.models.turns import stop_ids
@@ -101,7 +100,7 @@ def answer(
     DeepSpeed). With `synced` (ZeRO-3: a forward is a collective) every rank must call this, even with no prompts; ranks
     then make equally many forwards. `on_progress(answered, all)` is called as rows finish.
     """
-    model = _unwrapped(model)
+    model = unwrap(model)
     answers = [Given([], None)] * len(prompts)
     done = 0
     with _answering(model):
@@ -135,7 +134,7 @@ class _Decoder:
         self.config = model.config.get_text_config(decoder=True)
         self.virtual = virtual.count(model)
         self.positions = (getattr(self.config, "max_position_embeddings", None) or 1 << 30) - self.virtual
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = model.get_base_model() if is_adapted(model) else model
         # virtual tokens are in the cache before the prompt; PEFT's own forward would put them there at every step
         self.forward = base if self.virtual else model
         self.accepts = frozenset(inspect.signature(base.forward).parameters)
@@ -181,6 +180,8 @@ class _Decoder:
         places_B1 = torch.tensor(lengths, device=self.device)[:, None] - 1
         positions_BT = (places_B1 - torch.arange(ids_BT.shape[1] - 1, -1, -1, device=self.device)).clamp(min=0)
         size = ids_BT.shape[1]
+        from transformers import DynamicCache
+
         cache: Any = DynamicCache(config=self.config)
         if self.virtual:
             with virtual.of_tasks(self.model, [self.tasks[row] for row in rows] if self.tasks else []):
@@ -260,12 +261,6 @@ class _Decoder:
         else:
             room = CPU_BYTES
         return max(1, min(MAX_ROWS, int(room / (width * (kept + passing)))))
-
-
-def _unwrapped(model: Any) -> Any:
-    while not isinstance(model, PreTrainedModel | PeftModel):
-        model = model.module
-    return model
 
 
 @contextmanager

@@ -4,7 +4,8 @@ For a token x of adapter s a layer gives y = W x + b + c_s B_s A_s x (LoRA, arXi
 arXiv 2312.02515; PLoRA, arXiv 2508.02932; LoRAFusion, arXiv 2510.00206), as the serving bank does, with gradients.
 
 Adapters that read the same rows share what the base computes of them before anything learns: blocks below the first
-adapted layer, and that layer's W x. Whatever needs no gradient there is the same for all of them.
+adapted layer, also from one pass to the next, and that layer's W x. Whatever needs no gradient there is the same for
+all of them.
 
 Axes: N tokens of a pass, I inputs and O outputs of a layer, R an adapter's rank.
 """
@@ -105,6 +106,8 @@ class Mix:
         self.borders = sum(share.rows.examples for share in firsts.values())
         """Examples among these."""
         self.width = 1 if packed else batches[0].width
+        self.source = tuple((share.rows.same, share.rows.width) for share in firsts.values())
+        """Equal for passes whose first tokens are the same."""
         self.back: torch.Tensor | None = None
         """[N] which of the first tokens each one is; None where no batch repeats another."""
         if self.once < self.size:
@@ -130,7 +133,8 @@ class Mix:
 
     def again(self, value: torch.Tensor) -> torch.Tensor:
         """The whole pass, of what a block gave for its first part."""
-        assert self.back is not None
+        if self.back is None:
+            return value
         if self.packed:
             return value.index_select(1, self.back)
         return value.index_select(0, self.back[:: self.width] // self.width)
@@ -145,9 +149,11 @@ class Mixed:
         self.mix: Mix | None = None
         self.layers: dict[str, MixedLinear] = {}
         self._linear = linear_modules(model)
+        self._read: tuple[Any, torch.Tensor] | None = None
         found, every = blocks(model) or ("", [])
+        self._prefixes = [f"{found}.{number}." for number in range(len(every))]
         for number, block in enumerate(every):
-            block.forward = functools.partial(self._block, f"{found}.{number}.", block.forward)
+            block.forward = functools.partial(self._block, number, block.forward)
 
     def admit(self, adapter: Adapter) -> None:
         """Make the layers ready that an adapter has parts of. ModelError where one is no linear layer of the base."""
@@ -167,20 +173,31 @@ class Mixed:
         finally:
             self.mix = None
 
-    def _block(self, prefix: str, forward: Any, hidden: torch.Tensor, *args: Any, **more: Any) -> Any:
+    def forget(self) -> None:
+        """What the last pass read, which a pass over the same rows would not read again."""
+        self._read = None
+
+    def _block(self, number: int, forward: Any, hidden: torch.Tensor, *args: Any, **more: Any) -> Any:
         """A block of the base: once for rows that several adapters read, where nothing below it or in it learns."""
         mix = self.mix
-        if mix is None or mix.back is None or hidden.requires_grad or self._learns(prefix, mix):
+        if mix is None or hidden.requires_grad or number >= (learns := self._first_that_learns(mix)):
             return forward(hidden, *args, **more)
+        if self._read and self._read[0] == (learns, mix.source):
+            return mix.again(self._read[1]) if number == learns - 1 else hidden
         few = [mix.few_of(one) for one in (hidden, *args)]
         given = forward(*few, **{name: mix.few_of(one) for name, one in more.items()})
         if not isinstance(given, torch.Tensor):
-            raise ModelError(f"{prefix[:-1]} gives more than its output, so trials cannot share it; set fuse: off")
+            block = self._prefixes[number][:-1]
+            raise ModelError(f"{block} gives more than its output, so trials cannot share it; set fuse: off")
+        if number == learns - 1:
+            self._read = (learns, mix.source), given
         return mix.again(given)
 
-    def _learns(self, prefix: str, mix: Mix) -> bool:
-        names = [name for name in self.layers if name.startswith(prefix)]
-        return any(name in share.rows.adapter.parts for share in mix.shares for name in names)
+    def _first_that_learns(self, mix: Mix) -> int:
+        """Number of the first block with a part of an adapter of this pass; how many there are, where none has one."""
+        names = {name for share in mix.shares for name in share.rows.adapter.parts}
+        found = (n for n, prefix in enumerate(self._prefixes) if any(name.startswith(prefix) for name in names))
+        return next(found, len(self._prefixes))
 
 
 class MixedLinear(torch.nn.Module):

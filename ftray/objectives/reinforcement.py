@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import PeftModel
 
 from ftray.data.encode import Question
 from ftray.data.prepare import Prepared
 from ftray.errors import DataError
+from ftray.models.adapt import is_adapted
 from ftray.models.generate import Given, text_of
 from ftray.objectives import language, policy_losses
 from ftray.objectives.objective import Objective, Stage
@@ -82,7 +82,7 @@ class Reinforcement(Objective):
         self.stage = stage
         if stage.worth is not None:
             self.rewards.meet(stage.worth)
-        if self.section.beta and not isinstance(stage.policy, PeftModel):
+        if self.section.beta and not is_adapted(stage.policy):
             self.frozen = stage.another_base()
 
     # sampling
@@ -224,7 +224,7 @@ class Reinforcement(Objective):
 
     def _distances(self, questions: Sequence[Question], given: Sequence[Given]) -> np.ndarray:
         """KL(policy || base) in nats, summed over each answer's tokens, [answers]; nan where no base can be asked."""
-        asked = self.frozen is not None or isinstance(self.stage.policy, PeftModel)
+        asked = self.frozen is not None or is_adapted(self.stage.policy)
         if not asked or not questions:
             return np.full(len(questions), np.nan)
         rollout = Rollout(

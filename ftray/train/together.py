@@ -92,6 +92,7 @@ class Together:
         began = time.monotonic()
         lessons = [self._lesson(trial, step) for trial, step in zip(trials, steps, strict=True)]
         width = self._compute(lessons)
+        self.mixed.forget()
         average(p for trial in trials for p in trial.engine.parameters())
         found = [self._update(one, step, began) for one, step in zip(lessons, steps, strict=True)]
         self.pace.told(width, tokens=sum(one.tokens for one in lessons), seconds=time.monotonic() - began)

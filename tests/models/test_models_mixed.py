@@ -75,6 +75,32 @@ def test_rows_of_three_adapters_in_one_pass_are_as_in_three(base, adapted):
     torch.testing.assert_close(mixed.model(ids).logits, base(ids).logits)
 
 
+def test_a_second_pass_over_the_same_rows_reads_on_where_the_first_began_to_learn(base, adapted):
+    models = [adapted(number) for number in TARGETS]
+    ids = torch.randint(0, 31, (2, 7))
+    calls = []
+    mixed = Mixed(copy.deepcopy(base))
+    mixed.model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, given, out: calls.append(len(out)))
+    adapters = [Adapter.of(model, draws=torch.Generator()) for model in models]
+    for adapter in adapters:
+        mixed.admit(adapter)
+
+    def passed(readers, rows, same):
+        mix = Mix([Rows(adapter, len(rows), 7, 7, len(rows), same) for adapter in readers], packed=False)
+        with mixed.reading(mix) as model:
+            return model(rows.repeat(len(readers), 1)).logits
+
+    first = passed(adapters[:2], ids, "these")
+    second = passed(adapters[2:], ids, "these")
+    assert calls == [2]
+    torch.testing.assert_close(torch.cat([first, second]), torch.cat([model(ids).logits for model in models]))
+    others = torch.randint(0, 31, (3, 7))
+    torch.testing.assert_close(passed(adapters[:1], others, "others"), models[0](others).logits)
+    mixed.forget()
+    passed(adapters[:1], others, "others")
+    assert calls == [2, 3, 3], "other rows are read, and all are once they are forgotten"
+
+
 def test_a_layer_that_sees_some_of_the_tokens_is_refused(base, adapted):
     mixed = Mixed(copy.deepcopy(base))
     adapter = Adapter.of(adapted(0), draws=torch.Generator())
