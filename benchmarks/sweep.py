@@ -144,6 +144,7 @@ def report(results: dict[str, list[dict]], *, as_json: bool) -> None:
 
 def peer(spec: dict) -> None:
     trials = plain_tune(spec) if spec["name"] == "tune" else ftray_sweep(spec)
+    trials.sort(key=lambda one: (spec["rates"].index(one["lr"]), spec["ranks"].index(one["rank"])))
     Path(spec["work"], "out.json").write_text(json.dumps(trials))
 
 
@@ -261,10 +262,7 @@ def ftray_sweep(spec: dict) -> list[dict]:
         }
     )
     trials = sweep(asked, fresh=True, as_json=True).trials
-    chosen = sorted(
-        trials, key=lambda one: (spec["rates"].index(one["optim.lr"]), spec["ranks"].index(one["method.rank"]))
-    )
-    return [{"lr": one["optim.lr"], "rank": one["method.rank"], "loss": one["loss"]} for one in chosen]
+    return [{"lr": one["optim.lr"], "rank": one["method.rank"], "loss": one["loss"]} for one in trials]
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ class _Decoder:
 
     def _decode(self, prompts: list[list[int]], rows: list[int]) -> Iterator[tuple[int, Given]]:
         """(row, its answer) as rows finish; `rows` are the prompts' own, in step with them."""
+        from transformers import DynamicCache
+
         lengths = [len(ids) for ids in prompts]
         limits = [min(self.max_new_tokens, self.positions - length) for length in lengths]
         new: list[list[int]] = [[] for _ in prompts]
@@ -180,8 +182,6 @@ class _Decoder:
         places_B1 = torch.tensor(lengths, device=self.device)[:, None] - 1
         positions_BT = (places_B1 - torch.arange(ids_BT.shape[1] - 1, -1, -1, device=self.device)).clamp(min=0)
         size = ids_BT.shape[1]
-        from transformers import DynamicCache
-
         cache: Any = DynamicCache(config=self.config)
         if self.virtual:
             with virtual.of_tasks(self.model, [self.tasks[row] for row in rows] if self.tasks else []):

@@ -187,6 +187,8 @@ class Mixed:
         few = [mix.few_of(one) for one in (hidden, *args)]
         given = forward(*few, **{name: mix.few_of(one) for name, one in more.items()})
         if not isinstance(given, torch.Tensor):
+            if mix.back is None:
+                return given
             block = self._prefixes[number][:-1]
             raise ModelError(f"{block} gives more than its output, so trials cannot share it; set fuse: off")
         if number == learns - 1:

@@ -24,6 +24,9 @@ MOST = 16
 FEWEST = 4
 """Trials that a further group is worth its own copy of the base for."""
 GROUP_CPUS = 16
+CPU_TOKENS = 2048
+"""Of one pass on CPUs, if no trial's own micro-batch has more: its products are as fast as larger ones, and what they
+leave for the backward pass is what fills memory."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,10 @@ def fit(sweep: Sweep, planned: Sequence[Planned], nodes: Sequence[Node], *, room
     micro = layout.micro_batch_size
     if layout.device == "cuda" and have:
         micro = max(micro, _wider(shape, layout, given, have - (most - 1) * each, most * micro))
-    return Fusing(groups, most, micro * run.longest, one + (most - 1) * each, have)
+    tokens = micro * run.longest
+    if layout.device == "cpu":
+        tokens = min(tokens, CPU_TOKENS)
+    return Fusing(groups, most, tokens, one + (most - 1) * each, have)
 
 
 def _wider(shape: Shape, layout: Layout, given: dict[str, Any], have: float, examples: int) -> int:
