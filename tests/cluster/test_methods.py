@@ -23,9 +23,9 @@ def base_losses():
     return set()
 
 
-# one of them in every run of the tests: its base is the same model with its prefix off
+# two of them in every run of the tests: one whose loop differs, one whose base is the same model with its prefix off
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "prefix" else pytest.mark.slow) for kind in METHODS]
+    "kind", [pytest.param(kind, marks=[] if kind in ("adalora", "prefix") else pytest.mark.slow) for kind in METHODS]
 )
 def test_a_run_is_scored_against_its_base_and_registered(cluster, run_file, base_losses, kind):
     run = load_run(run_file(f"run-{kind.replace('_', '-')}", method=METHODS[kind], optim__steps=10, optim__lr="auto"))
