@@ -1,6 +1,6 @@
 """Sweeps of ftray against plain Ray Tune over a TRL script: makespan and peak memory of the same LoRA trials.
 
-    python benchmarks/sweep.py               # eight trials of each peer, about 15 minutes on two cores
+    python benchmarks/sweep.py               # eight trials of each peer, about 7 minutes on two cores
     python benchmarks/sweep.py --trials 16
     python benchmarks/sweep.py --blocks 1    # adapters in the last of six blocks alone
     python benchmarks/sweep.py --quick       # a few steps of each: does it still work?

@@ -90,6 +90,11 @@ def test_importing_the_store_brings_in_no_torch_and_no_ray():
     assert loaded.isdisjoint(HEAVY)
 
 
+def test_importing_the_objectives_brings_in_no_peft():
+    """Which takes seconds, and every driver imports them to check its run."""
+    assert "peft" not in modules_after("import ftray.objectives, ftray.models.generate")
+
+
 def test_a_command_of_the_registry_loads_neither_torch_nor_ray(tmp_path):
     loaded = modules_after(f"from ftray.cli import main\nmain(['adapters', 'list', '--storage', {str(tmp_path)!r}])")
     assert loaded.isdisjoint({"torch", "ray", "transformers", "peft"})

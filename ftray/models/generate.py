@@ -20,8 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ftray.models import virtual
-from ftray.models.adapt import is_adapted, unwrap
+from ftray.models.adapt import unwrap
 from ftray.models.attention import NAME as PACKED_ATTENTION
+from ftray.models.heads import inner
 from ftray.models.load import cache_shape
 from ftray.models.turns import stop_ids
 
@@ -134,7 +135,7 @@ class _Decoder:
         self.config = model.config.get_text_config(decoder=True)
         self.virtual = virtual.count(model)
         self.positions = (getattr(self.config, "max_position_embeddings", None) or 1 << 30) - self.virtual
-        base = model.get_base_model() if is_adapted(model) else model
+        base = inner(model)
         # virtual tokens are in the cache before the prompt; PEFT's own forward would put them there at every step
         self.forward = base if self.virtual else model
         self.accepts = frozenset(inspect.signature(base.forward).parameters)
@@ -252,9 +253,9 @@ class _Decoder:
         """By the cache, and by what one layer holds while it reads the prompts: about 3 x intermediate + 6 x hidden."""
         config = self.config
         layers, heads, head_dim = cache_shape(config)
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        between = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         kept = 2 * layers * heads * head_dim * (self.virtual + prompt_length + self.max_new_tokens)
-        passing = (3 * inner + 6 * config.hidden_size) * prompt_length
+        passing = (3 * between + 6 * config.hidden_size) * prompt_length
         width = torch.finfo(self.model.dtype).bits // 8
         if self.device.type == "cuda":
             room = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]

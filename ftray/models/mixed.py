@@ -147,6 +147,7 @@ class Mixed:
         """`model` becomes this one's own: its layers are replaced."""
         self.model = model.requires_grad_(False)
         self.mix: Mix | None = None
+        self._learns = 0  # the first block that this mix's adapters have parts in
         self.layers: dict[str, MixedLinear] = {}
         self._linear = linear_modules(model)
         self._read: tuple[Any, torch.Tensor] | None = None
@@ -167,7 +168,7 @@ class Mixed:
     @contextmanager
     def reading(self, mix: Mix) -> Iterator[Any]:
         """Inside, the model reads this mix."""
-        self.mix = mix
+        self.mix, self._learns = mix, self._first_that_learns(mix)
         try:
             yield self.model
         finally:
@@ -179,11 +180,11 @@ class Mixed:
 
     def _block(self, number: int, forward: Any, hidden: torch.Tensor, *args: Any, **more: Any) -> Any:
         """A block of the base: once for rows that several adapters read, where nothing below it or in it learns."""
-        mix = self.mix
-        if mix is None or hidden.requires_grad or number >= (learns := self._first_that_learns(mix)):
+        mix, last = self.mix, self._learns - 1
+        if mix is None or hidden.requires_grad or number > last:
             return forward(hidden, *args, **more)
-        if self._read and self._read[0] == (learns, mix.source):
-            return mix.again(self._read[1]) if number == learns - 1 else hidden
+        if self._read and self._read[0] == (last, mix.source):
+            return mix.again(self._read[1]) if number == last else hidden
         few = [mix.few_of(one) for one in (hidden, *args)]
         given = forward(*few, **{name: mix.few_of(one) for name, one in more.items()})
         if not isinstance(given, torch.Tensor):
@@ -191,8 +192,8 @@ class Mixed:
                 return given
             block = self._prefixes[number][:-1]
             raise ModelError(f"{block} gives more than its output, so trials cannot share it; set fuse: off")
-        if number == learns - 1:
-            self._read = (learns, mix.source), given
+        if number == last:
+            self._read = (last, mix.source), given
         return mix.again(given)
 
     def _first_that_learns(self, mix: Mix) -> int:

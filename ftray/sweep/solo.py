@@ -41,10 +41,11 @@ class Bench:
         import peft  # noqa: F401
         import torch.distributed as dist
 
+        if not gc.get_freeze_count():
+            gc.collect()
+            gc.freeze()
         if dist.is_initialized():
             return
-        gc.collect()
-        gc.freeze()
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=0, world_size=1)

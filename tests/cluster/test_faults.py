@@ -121,20 +121,23 @@ def test_a_driver_that_is_asked_to_stop_leaves_a_checkpoint_of_that_step(cluster
     path = run_file(optim__steps=5000, scale__checkpoint_every=100_000)
     run = load_run(path)
     folder = RunFolder(_storage(run), run.name)
-    command = [sys.executable, "-m", "ftray.cli", "train", str(path), f"scale.address={cluster.address}"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 150
-    while max(curve(folder), default=0) < 5:
-        assert driver.poll() is None, driver.stderr.read()
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    driver.terminate()
-    assert driver.wait(60) == 143, driver.stderr.read()
-    (step,) = [row["step"] for row in rows(folder, "stopped")]
-    assert f"stopped after step {step}; the same command resumes it" in driver.stderr.read()
-    assert folder.state()["status"] == "stopped"
-    assert 5 <= step == max(curve(folder)) < 5000
-    assert Checkpoints(_storage(run), run.name).newest().step == step
+    stops = []
+    for start in range(1, 3):  # the second start goes on where the first was stopped
+        command = [sys.executable, "-m", "ftray.cli", "train", str(path), f"scale.address={cluster.address}"]
+        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 150
+        while len(rows(folder, "started")) < start or max(curve(folder), default=0) < sum(stops) + 5:
+            assert driver.poll() is None, driver.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        driver.terminate()
+        assert driver.wait(60) == 143, driver.stderr.read()
+        stops = [row["step"] for row in rows(folder, "stopped")]
+        assert f"stopped after step {stops[-1]}; the same command resumes it" in driver.stderr.read()
+        assert folder.state()["status"] == "stopped"
+    assert [row["step"] for row in rows(folder, "started")] == [0, stops[0]]
+    assert stops[0] < stops[1] < 5000
+    assert not repeated(folder), "no step is made twice"
 
 
 def test_a_checkpoint_that_cannot_be_uploaded_costs_only_itself(cluster, run_file, undisturbed):

@@ -97,7 +97,6 @@ def test_trials_go_on_when_their_process_and_then_their_driver_is_killed(cluster
     assert len({pid for pid, _ in started(folder)}) == 3
 
 
-@pytest.mark.slow  # tests/sweep/test_fused.py has two workers without Ray
 def test_a_group_of_two_workers_gives_the_same_table(cluster, fused_file, alone):
     path = fused_file("pair", run={"scale__workers": 2, "scale__cpus_per_worker": 1})
     swept(path)
