@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 VERSIONS = "versions"
 """Of a replica's routing stats: the keys it has loaded."""
@@ -19,9 +21,15 @@ another has room for."""
 class AdapterRouter(FIFOMixin, RequestRouter):
     """Ranks replicas for `generate(request, version)` and its like; every other call takes the less busy of two."""
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._under_way: defaultdict[ReplicaID, set[str]] = defaultdict(set)
+        """By replica, the requests that were sent from here and have not ended."""
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        await asyncio.sleep(0)  # those that a burst had chosen for before are sent, and counted, first
         if not candidate_replicas:
             return []
         key = _key(pending_request)
@@ -33,6 +41,19 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         least = min(self._busy(one) for one in candidate_replicas)
         calm = [one for one in preferred if self._busy(one) <= least + SLACK]
         return [calm, others] if calm else [others]
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """Ray sends the request, in this same turn of the loop, and says of each one sent when it has ended."""
+        replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        self._under_way[replica.replica_id].add(pending_request.metadata.internal_request_id)
+        return replica
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._under_way[replica_id].discard(internal_request_id)
+        if not self._under_way[replica_id]:
+            del self._under_way[replica_id]
 
     def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
         """The request that a replica was chosen for. By Ray's mixin it would go to the one that waits longest, which
@@ -46,7 +67,9 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         return sorted(chosen, key=self._busy)
 
     def _busy(self, replica: RunningReplica) -> int:
-        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+        """Its requests. What it said last may be older than what was sent to it since, and counts other ingresses'."""
+        sent = self._under_way.get(replica.replica_id, ())
+        return max(len(sent), self.replica_queue_len_cache.get(replica.replica_id) or 0)
 
 
 def _key(pending: PendingRequest | None) -> str | None:

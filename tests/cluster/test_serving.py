@@ -16,6 +16,8 @@ import pytest
 
 from ftray.config.serving import ServeScale, Serving
 from ftray.errors import ClusterError, ServeError
+from ftray.serve.engine import Generation, Sampling, VersionRef
+from ftray.serve.remote import RemoteFleet
 from ftray.store.paths import Storage
 from ftray.store.registry import Registry
 from tests.cluster.conftest import free_port
@@ -134,6 +136,24 @@ def test_requests_go_to_a_replica_that_has_their_version(url, prompts):
     held = sorted(version for versions in alone.values() for version in versions)
     assert held == versions
     assert all(versions[0] in versions_there for versions_there in together.values())
+
+
+def test_a_burst_is_spread_before_a_replica_has_said_how_busy_it_is(url, serving, prompts):
+    """All for one version, more than the replica that has it takes, through a router that has just begun."""
+    from ray import serve as ray_serve
+
+    version = VersionRef.of(Registry(Storage(serving.storage)).resolve("refunds@v1"))
+
+    async def ask(fleet, number):
+        sampling = Sampling(max_new_tokens=100, ignore_eos=True)
+        request = Generation(id=f"burst-{number}", prompt_ids=prompts[0], sampling=sampling)
+        return [piece async for piece in fleet.generate(request, version)][-1].finish
+
+    async def burst():
+        fleet = RemoteFleet(ray_serve.get_deployment_handle("engine", "ftray"))
+        return await asyncio.gather(*(ask(fleet, number) for number in range(MAX_BATCH + MAX_QUEUE + 6)))
+
+    assert set(asyncio.run(burst())) == {"length"}
 
 
 def test_no_request_fails_and_none_is_answered_by_a_wrong_version_while_versions_are_swapped(
