@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,35 +23,35 @@ class AdapterRouter(FIFOMixin, RequestRouter):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self._under_way: defaultdict[ReplicaID, set[str]] = defaultdict(set)
-        """By replica, the requests that were sent from here and have not ended."""
+        self._under_way: defaultdict[ReplicaID, Counter[str]] = defaultdict(Counter)
+        """By replica, what was sent from here and has not ended: calls of each HTTP request."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        await asyncio.sleep(0)  # those that a burst had chosen for before are sent, and counted, first
+        await asyncio.sleep(0)  # what a replica was chosen for in an earlier turn is sent first, and counted
         if not candidate_replicas:
             return []
         key = _key(pending_request)
         others = self._two(candidate_replicas)
         if key is None or len(candidate_replicas) == 1:
-            return [others]
+            return _in_turn(others)
         having = [one for one in candidate_replicas if key in (one.routing_stats or {}).get(VERSIONS, ())]
         preferred = self._two(having) if having else [_home(key, candidate_replicas)]
         least = min(self._busy(one) for one in candidate_replicas)
         calm = [one for one in preferred if self._busy(one) <= least + SLACK]
-        return [calm, others] if calm else [others]
+        return _in_turn([*calm, *others])
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        """Ray sends the request, in this same turn of the loop, and says of each one sent when it has ended."""
+        """Counts the request as under way: Ray sends it in this same turn of the loop, and says when it has ended."""
         replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
-        self._under_way[replica.replica_id].add(pending_request.metadata.internal_request_id)
+        self._under_way[replica.replica_id][pending_request.metadata.internal_request_id] += 1
         return replica
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._under_way[replica_id].discard(internal_request_id)
+        self._under_way[replica_id] -= Counter([internal_request_id])  # drops what is not there: a broadcast's
         if not self._under_way[replica_id]:
             del self._under_way[replica_id]
 
@@ -68,8 +68,13 @@ class AdapterRouter(FIFOMixin, RequestRouter):
 
     def _busy(self, replica: RunningReplica) -> int:
         """Its requests. What it said last may be older than what was sent to it since, and counts other ingresses'."""
-        sent = self._under_way.get(replica.replica_id, ())
-        return max(len(sent), self.replica_queue_len_cache.get(replica.replica_id) or 0)
+        sent = self._under_way.get(replica.replica_id, Counter())
+        return max(sent.total(), self.replica_queue_len_cache.get(replica.replica_id) or 0)
+
+
+def _in_turn(replicas: Sequence[RunningReplica]) -> list[list[RunningReplica]]:
+    """Ranks of one: of several in a rank, Ray takes the one that said last that it has the fewest."""
+    return [[one] for one in replicas]
 
 
 def _key(pending: PendingRequest | None) -> str | None:

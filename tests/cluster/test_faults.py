@@ -185,7 +185,7 @@ def test_a_frozen_worker_leaves_the_others_stacks_and_the_run_goes_on(cluster, r
     live.end()
     stacks = live.folder.storage.list(f"{live.folder.key}/stacks")
     assert stacks
-    # For the gradients of the frozen one, or for its part of a checkpoint.
+    # The others wait in a step, for the gradients of the frozen one or for its part of a checkpoint.
     assert " in _step\n" in live.folder.storage.read_bytes(f"{live.folder.key}/stacks/{stacks[0]}").decode()
     same_curve(live.folder, undisturbed)
 

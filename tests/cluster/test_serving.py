@@ -156,6 +156,15 @@ def test_a_burst_is_spread_before_a_replica_has_said_how_busy_it_is(url, serving
     assert set(asyncio.run(burst())) == {"length"}
 
 
+def test_the_prompts_of_one_request_are_spread_too(url, prompts):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    many = [list(prompts[0])] * (MAX_BATCH + MAX_QUEUE + 6)
+    answer = client.completions.create(
+        model="refunds@v2", prompt=many, max_tokens=100, extra_body={"ignore_eos": True}, timeout=PATIENCE_S
+    )
+    assert [choice.finish_reason for choice in answer.choices] == ["length"] * len(many)
+
+
 def test_no_request_fails_and_none_is_answered_by_a_wrong_version_while_versions_are_swapped(
     url, serving, prompts, texts
 ):
